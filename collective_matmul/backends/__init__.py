@@ -1,0 +1,62 @@
+"""Executors by name: a file of this folder is a backend. Nothing is listed here.
+
+A backend is a module with
+
+    decomposes: bool                  does it walk the lanes of an algorithm?
+    unsupported(op) -> str | None     why it cannot run `op` here, or None
+    gather(op, plan, moved, others) -> tuple of results, one a term
+    scatter(op, plan, lhs, rhs) -> this device's shard of the sum of the terms
+
+and must agree with `unfused` on everything that it does not refuse.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+import jax
+
+from collective_matmul.operation import Operation, Plan
+
+
+class Backend(Protocol):
+    """What a file of this folder defines."""
+
+    decomposes: bool
+
+    def unsupported(self, op: Operation) -> str | None:
+        """Why the backend cannot run `op`, or None if it can."""
+
+    def gather(
+        self, op: Operation, plan: Plan, moved: jax.Array, others: Sequence[jax.Array | None]
+    ) -> tuple[jax.Array, ...]:
+        """`y_i = G(x) . w_i` for every term i."""
+
+    def scatter(
+        self, op: Operation, plan: Plan, lhs: Sequence[jax.Array], rhs: Sequence[jax.Array | None]
+    ) -> jax.Array:
+        """`y = S(sum_i x_i . w_i)`."""
+
+
+@functools.cache
+def names() -> tuple[str, ...]:
+    """The backends there are, in alphabetical order."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+
+
+def get(name: str) -> Backend:
+    """The backend called `name`.
+
+    Raises:
+      ValueError: if there is none, with the nearest name.
+    """
+    if name not in names():
+        near = difflib.get_close_matches(str(name), names(), n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown backend {name!r}; there are {', '.join(names())}.{hint}")
+    return cast(Backend, importlib.import_module(f"{__name__}.{name}"))

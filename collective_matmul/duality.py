@@ -1,0 +1,90 @@
+"""Running an operation, and its derivative: the same two operations again.
+
+The gradient of a gather is a scatter (for what moved) and a gather (for the others), the gradient
+of a scatter one gather of the cotangent that feeds them all (`operation.py` has the equations). So
+both operands' gradients overlap as the forward pass does, each by a schedule of its own choice, and
+gradients of gradients do too. What is kept for the backward pass is shards: a gathered operand is
+gathered anew.
+
+The rule is a `jax.custom_vjp`, which jax cannot differentiate forwards: `jax.jvp` raises its
+TypeError. A Hessian-vector product is reverse over reverse.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from collective_matmul import backends
+from collective_matmul.arguments import Call
+from collective_matmul.cost import choose
+from collective_matmul.operation import Operation
+from collective_matmul.varying import varying_axes, varying_over
+
+Others = tuple[jax.Array | None, ...]
+
+
+def run(call: Call) -> Any:
+    """Runs a call that has been read."""
+    op = call.op
+    names = op.axis_name if isinstance(op.axis_name, tuple) else (op.axis_name,)
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    op = dataclasses.replace(op, of_vmap=not set(names) <= set(manual))
+    operands = [x for x in (*call.lhs, *call.rhs) if x is not None]
+    everywhere = frozenset(names).intersection(manual).union(*map(varying_axes, operands))
+    lhs, rhs = jax.tree.map(lambda x: varying_over(x, everywhere), (call.lhs, call.rhs))
+    smooth = jnp.issubdtype(op.terms[0].lhs.dtype, jnp.inexact)  # integers have no derivative
+    if op.kind == "scatter":
+        return (_scatter if smooth else _run_scatter)(op, lhs, rhs)
+    results = (_gather if smooth else _run_gather)(op, lhs[0], rhs)
+    return results[0] if call.single else results
+
+
+def _run_gather(op: Operation, moved: jax.Array, others: Others) -> tuple[jax.Array, ...]:
+    plan = choose(op)
+    return backends.get(plan.backend).gather(op, plan, moved, others)
+
+
+def _run_scatter(op: Operation, lhs: tuple[jax.Array, ...], rhs: Others) -> jax.Array:
+    plan = choose(op)
+    return backends.get(plan.backend).scatter(op, plan, lhs, rhs)
+
+
+_gather = jax.custom_vjp(_run_gather, nondiff_argnums=(0,))
+_scatter = jax.custom_vjp(_run_scatter, nondiff_argnums=(0,))
+
+
+def _gather_fwd(op: Operation, moved: jax.Array, others: Others) -> tuple[Any, Any]:
+    needed = any(other is not None for other in others)  # a bare collective's gradient needs none
+    return _gather(op, moved, others), (moved if needed else None, others)
+
+
+def _gather_bwd(op: Operation, shards: Any, cotangents: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+    moved, others = shards
+    d_moved = _scatter(op.dual_of_moved(), cotangents, others)
+    dual = op.dual_of_others()
+    if dual is None:
+        return d_moved, others
+    fed = tuple(dy for dy, other in zip(cotangents, others, strict=True) if other is not None)
+    grads = iter(_gather(dual, moved, fed))
+    return d_moved, tuple(None if other is None else next(grads) for other in others)
+
+
+def _scatter_fwd(op: Operation, lhs: Any, rhs: Any) -> tuple[Any, Any]:
+    kept = tuple(None if y is None else x for x, y in zip(lhs, rhs, strict=True))
+    return _scatter(op, lhs, rhs), (kept, rhs)
+
+
+def _scatter_bwd(op: Operation, shards: Any, cotangent: jax.Array) -> tuple[Any, Any]:
+    lhs, rhs = shards
+    paired = tuple(x for x, y in zip(lhs, rhs, strict=True) if y is not None)
+    grads = _gather(op.dual_of_scatter(), cotangent, (*rhs, *paired))  # the cotangent travels once
+    d_lhs, rest = grads[: len(lhs)], iter(grads[len(lhs) :])
+    return d_lhs, tuple(None if other is None else next(rest) for other in rhs)
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)
+_scatter.defvjp(_scatter_fwd, _scatter_bwd)

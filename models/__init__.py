@@ -1,0 +1,1 @@
+"""Models and their training: what the library is for, and what it is tried on. Not in the wheel."""

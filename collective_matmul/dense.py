@@ -236,6 +236,16 @@ def _on_mesh(
         values = jax.tree.map(
             lambda x, at: jax.sharding.reshard(x, NamedSharding(layout.mesh, at)), values, specs
         )
+    if layout.partitioner == "gspmd":
+
+        def constrained(values: Any, specs: Any) -> Any:
+            return jax.tree.map(
+                lambda x, at: jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, at)),
+                values,
+                specs,
+            )
+
+        return constrained(body(None, *constrained(values, specs)), out_specs(layout))
     axes = {*layout.data, *layout.tensor_axes}
     return jax.shard_map(
         lambda *local: body(layout, *local),

@@ -34,9 +34,13 @@ class Layout:
       fsdp: the axis that cuts the model width of parameters, or None to keep them whole there.
       tensor: the axis (or axes, in mesh order) that cuts hidden dimensions, heads and activations.
       algorithm, backend, wire_dtype, precision: as in `collective_einsum`.
+      partitioner: `"shard_map"`, the collective matmuls of this library; or `"gspmd"`, the same
+        arrays in the same places as sharding constraints alone, and every collective the compiler's
+        choice: the baseline to compare with.
 
     Raises:
-      ValueError: if an axis is not in the mesh, or plays two parts.
+      ValueError: if an axis is not in the mesh, or plays two parts; if `"gspmd"` is given what
+        only the collective matmuls know.
     """
 
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
@@ -49,6 +53,7 @@ class Layout:
     backend: str | None = None
     wire_dtype: Any = None
     precision: Any = None
+    partitioner: Literal["shard_map", "gspmd"] = "shard_map"
 
     def __post_init__(self) -> None:
         if isinstance(self.data, str):
@@ -57,6 +62,10 @@ class Layout:
             raise ValueError(f"activations={self.activations!r} is neither 'tokens' nor 'features'")
         if self.token_dim not in (0, 1):
             raise ValueError(f"token_dim={self.token_dim}: 1 cuts the sequence, 0 the batch rows")
+        if self.partitioner not in ("shard_map", "gspmd"):
+            raise ValueError(f"partitioner={self.partitioner!r} is neither 'shard_map' nor 'gspmd'")
+        if self.partitioner == "gspmd":
+            self._check_constraints()
         named = (*self.data, *self.tensor_axes, *((self.fsdp,) if self.fsdp else ()))
         missing = sorted(set(named) - set(self.mesh.axis_names))
         if missing:
@@ -74,6 +83,18 @@ class Layout:
             raise ValueError(
                 f"axis {twice[0]!r} cannot cut both the batch and the hidden dimensions"
             )
+
+    def _check_constraints(self) -> None:
+        """What sharding constraints alone cannot express."""
+        for name in ("algorithm", "backend", "wire_dtype", "precision"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"partitioner='gspmd' leaves the collectives to the compiler, so {name}="
+                    f"{getattr(self, name)!r} has no meaning; leave it out, or use 'shard_map'"
+                )
+        types = self.mesh.axis_types
+        if {*types} != {jax.sharding.AxisType.Auto}:
+            raise ValueError(f"partitioner='gspmd' needs axes of type Auto; the mesh has {types}")
 
     @property
     def tensor_axes(self) -> tuple[str, ...]:

@@ -46,6 +46,46 @@ class State:
     moments: optax.OptState
 
 
+def abstract(config: Config, layout: Layout | None) -> tuple[Any, State]:
+    """The model's graph, and the state's shapes, dtypes and places: nothing is allocated.
+
+    Args:
+      config: the run.
+      layout: where arrays lie, or None for one device.
+
+    Returns:
+      What `train_step` and `eval_step` take as `graph`, and a state of `jax.ShapeDtypeStruct`s.
+
+    Raises:
+      ValueError, NotImplementedError: if sizes do not split over the mesh, or the algorithm or
+        backend is unknown or cannot run the model.
+    """
+    # What does not split over the mesh is named by the layers, which a trace calls first.
+    shape = (config.batch, *config.model.image_shape, config.model.channels)
+    nnx.eval_shape(lambda: _model(config, layout)(jnp.zeros(shape)))
+    module = nnx.eval_shape(lambda: _model(config, layout))
+    graph, variables = nnx.split(module)
+    params = nnx.to_pure_dict(variables)
+    optimizer = optim.optimizer(config.optim, config.steps)
+    moments = jax.eval_shape(optimizer.init, params)
+    state = State(jax.ShapeDtypeStruct((), jnp.int32), params, moments)  # type: ignore[arg-type]
+    if layout is None:
+        return graph, state
+    mesh = layout.mesh
+    whole = NamedSharding(mesh, P())
+    places = jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), nnx.to_pure_dict(nn.partition_specs(module))
+    )
+    of_moments = optax.tree.map_params(
+        optimizer, lambda _, place: place, moments, places, transform_non_params=lambda _: whole
+    )
+    return graph, jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        state,
+        State(whole, places, of_moments),  # type: ignore[arg-type]
+    )
+
+
 def create(config: Config, layout: Layout | None) -> tuple[Any, State]:
     """The model's graph, and the state before the first step, every array of it made in place.
 
@@ -54,21 +94,13 @@ def create(config: Config, layout: Layout | None) -> tuple[Any, State]:
       layout: where arrays lie, or None for one device.
 
     Returns:
-      What `train_step` and `eval_step` take as `graph`, and the state.
+      As `abstract`, with arrays.
 
     Raises:
-      ValueError, NotImplementedError: if sizes do not split over the mesh, or the algorithm or
-        backend is unknown or cannot run the model.
+      ValueError, NotImplementedError: as `abstract`.
     """
-
-    def make() -> vit.ViT:
-        return vit.ViT(config.model, layout=layout, rngs=nnx.Rngs(config.seed))
-
-    # What does not split over the mesh is named by the layers, which a trace calls first.
-    shape = (config.batch, *config.model.image_shape, config.model.channels)
-    nnx.eval_shape(lambda: make()(jnp.zeros(shape)))
-    graph, variables = nnx.split(nn.create(make))
-    params = nnx.to_pure_dict(variables)
+    graph, described = abstract(config, layout)
+    params = nnx.to_pure_dict(nnx.state(nn.create(lambda: _model(config, layout))))
     optimizer = optim.optimizer(config.optim, config.steps)
 
     def begin(params: Any) -> State:
@@ -76,17 +108,12 @@ def create(config: Config, layout: Layout | None) -> tuple[Any, State]:
 
     if layout is None:
         return graph, begin(params)
-    whole = NamedSharding(layout.mesh, P())
-    places = jax.tree.map(lambda x: x.sharding, params)
-    moments = optax.tree.map_params(
-        optimizer,
-        lambda _, place: place,
-        jax.eval_shape(optimizer.init, params),
-        places,
-        transform_non_params=lambda _: whole,
-    )
-    shardings: Any = State(whole, places, moments)  # type: ignore[arg-type]
-    return graph, jax.jit(begin, out_shardings=shardings)(params)
+    places = jax.tree.map(lambda x: x.sharding, described)
+    return graph, jax.jit(begin, out_shardings=places)(params)
+
+
+def _model(config: Config, layout: Layout | None) -> vit.ViT:
+    return vit.ViT(config.model, layout=layout, rngs=nnx.Rngs(config.seed))
 
 
 def train_step(

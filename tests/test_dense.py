@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import collective_matmul as cm
 from collective_matmul import Layout, dense
 
-from .helpers import collectives, lanes_plans, named, permutes, plan_id, quick
+from .helpers import collectives, equations, lanes_plans, named, permutes, plan_id, quick
 
 B, S, D, F, H, C = 8, 8, 16, 24, 8, 5  # batch, sequence, width, hidden units, heads, channels
 SIZES = [(1, 1, 8), (2, 1, 4), (1, 2, 4), (2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 1, 1)]
@@ -131,6 +132,45 @@ def test_values_and_gradients_on_every_mesh(sizes, kind):
     layout = Layout(mesh_with(sizes), **KINDS[kind], algorithm="two_way")
     got = run(both(functools.partial(layers, layout=layout)), parameters())
     compare(got, wanted(), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 4)], ids=lambda x: "x".join(map(str, x)))
+def test_sharding_constraints_alone_give_the_same(sizes, kind):
+    """The baseline has the same arrays in the same places, and none of our collectives."""
+    layout = Layout(mesh_with(sizes), **KINDS[kind], partitioner="gspmd")
+    program = both(functools.partial(layers, layout=layout))
+    compare(run(program, parameters()), wanted(), rtol=1e-4, atol=2e-5)
+    names = {e.primitive.name for e in equations(jax.make_jaxpr(program)(parameters()))}
+    assert "sharding_constraint" in names
+    assert not {"shard_map", "ppermute"} & names
+
+
+def test_the_compiler_alone_gathers_and_scatters():
+    """On 4 devices of one axis: what GSPMD makes of the constraints are its own collectives."""
+    layout = Layout(mesh_with((1, 1, 4)), partitioner="gspmd")
+    program = functools.partial(layers_gated, layout=layout)
+    text = jax.jit(program).lower(parameters()).compile(compiler_options=quick()).as_text()
+    assert re.search(r"\ball-gather\(", text)
+    assert "collective-permute" not in text
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"partitioner": "xmap"}, "neither 'shard_map' nor 'gspmd'"),
+        ({"partitioner": "gspmd", "algorithm": "ring"}, "algorithm='ring' has no meaning"),
+        ({"partitioner": "gspmd", "precision": "highest"}, "precision='highest' has no meaning"),
+    ],
+)
+def test_what_a_partitioner_cannot_do(options, message):
+    with pytest.raises(ValueError, match=message):
+        Layout(mesh_with((1, 1, 4)), **options)
+
+
+def test_the_compiler_partitions_auto_axes_only():
+    with pytest.raises(ValueError, match="needs axes of type Auto"):
+        Layout(mesh_with((1, 1, 4), AxisType.Explicit), partitioner="gspmd")
 
 
 def test_without_a_layout():

@@ -188,6 +188,19 @@ def test_parameters_and_moments_lie_where_the_layout_says(cut_three_ways):
         assert {piece.data.shape for piece in kernel.addressable_shards} == {(2, 16, 16)}
 
 
+def test_the_abstract_state_is_the_state_without_its_numbers(cut_three_ways):
+    """A program for devices that are not there is compiled from it."""
+    config, graph, state = cut_three_ways
+    abstract_graph, abstract = step.abstract(config, devices.layout_of(config))
+    assert abstract_graph == graph
+
+    def described(x):
+        return x.shape, x.dtype, x.sharding.spec
+
+    assert jax.tree.map(described, abstract) == jax.tree.map(described, state)
+    assert not any(isinstance(x, jax.Array) for x in jax.tree.leaves(abstract))
+
+
 def test_a_step_moves_everything_by_the_lanes(cut_three_ways):
     """Forward and backward, no plain collective gathers or scatters what the layers need."""
     config, graph, state = cut_three_ways

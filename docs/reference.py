@@ -39,6 +39,8 @@ def docstring(value, name):
 
 def signature(value, name):
     """`name(x, *, layout)`, without annotations, which the text explains better."""
+    if inspect.isclass(value) and issubclass(value, Exception):
+        return name  # it is caught, not called
     parameters = inspect.signature(value).parameters.values()
     bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
     return f"{name}{inspect.Signature(bare)}"

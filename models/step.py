@@ -161,12 +161,21 @@ def eval_step(
     return classify(logits, batch["label"], config.loss)
 
 
-def compile_training(graph: Any, config: Config, state: State, batch: Placed) -> Any:
-    """`train_step(state, batch)`, which consumes the state; the new one lies where the old did."""
+def jitted_training(graph: Any, config: Config, state: State) -> Any:
+    """`train_step(state, batch)`, which consumes the state; the new one lies where the old did.
+
+    Args:
+      graph, state: from `create` or `abstract`.
+      config: the run.
+    """
     places = jax.tree.map(lambda x: x.sharding, state)
     step = functools.partial(train_step, graph=graph, config=config, places=places.params)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, places.step))
-    return jitted.lower(state, batch).compile()
+    return jax.jit(step, donate_argnums=0, out_shardings=(places, places.step))
+
+
+def compile_training(graph: Any, config: Config, state: State, batch: Placed) -> Any:
+    """`jitted_training`, compiled for arrays that lie as these do."""
+    return jitted_training(graph, config, state).lower(state, batch).compile()
 
 
 def compile_evaluation(graph: Any, config: Config, state: State, batch: Placed) -> Any:

@@ -1,0 +1,113 @@
+"""Pictures of predictions: bars of compute and waiting, and MFU over tokens per chip."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter, StrMethodFormatter
+
+from bench.comparison import Row, winner
+from bench.prediction import Prediction
+from models.files import atomically
+
+COMPUTE, WAITING, COPIES, INK, FAINT = "#3b6ea8", "#d9622b", "#8a8f98", "#2b2d31", "#e3e5e8"
+CURVES = ("#d9622b", "#3b6ea8", "#4f9d69", "#8d6cab", "#c2a83e", "#5aa9b8", "#b0506a", "#8a8f98")
+
+
+def comparison(rows: Sequence[Row], path: pathlib.Path, title: str) -> None:
+    """A bar for each way: compute, and waiting for collectives and for copies; the fastest on top.
+
+    Args:
+      rows: from `comparison.compare`.
+      path: the PNG file to make.
+      title: what is written above.
+    """
+    best = winner(rows)
+    ran = [row for row in rows if isinstance(row, Prediction) and row.report]
+    ran.sort(key=lambda row: row.seconds or 0.0)
+    others = [row for row in rows if not isinstance(row, Prediction) or not row.report]
+    figure = Figure(figsize=(10, 1.3 + 0.42 * len(rows)), dpi=150, layout="constrained")
+    ax = _axes(figure, title)
+    width = max((row.seconds or 0.0 for row in ran), default=1e-3) * 1e3
+    for y, row in enumerate(ran):
+        assert row.report is not None and row.seconds is not None
+        left = 0.0
+        for seconds, color in (
+            (row.report.compute_seconds, COMPUTE),
+            (row.report.exposed_seconds, WAITING),
+            (row.report.copies_seconds, COPIES),
+        ):
+            ax.barh(-y, 1e3 * seconds, 0.62, left=left, color=color)
+            left += 1e3 * seconds
+        mfu = "" if row.mfu is None else f", MFU {row.mfu:.1%}"
+        weight = "bold" if row is best else "normal"
+        text = f"{1e3 * row.seconds:,.1f} ms{mfu}"
+        ax.text(left + 0.01 * width, -y, text, va="center", fontsize=9, color=INK, weight=weight)
+    for y, other in enumerate(others, len(ran)):
+        memory = other.out_of_memory if isinstance(other, Prediction) else None
+        text = f"out of memory: {memory.used / 2**30:.0f} GiB" if memory else "does not compile"
+        ax.text(0.01 * width, -y, text, va="center", fontsize=9, color=WAITING)
+    ax.set_yticks([-y for y in range(len(rows))], [row.name for row in (*ran, *others)], fontsize=9)
+    ax.set_xlim(0, 1.28 * width)
+    ax.set_xlabel("predicted milliseconds of a step", loc="right", fontsize=9, color=INK)
+    for color, label in (
+        (COMPUTE, "compute"),
+        (WAITING, "waiting for collectives"),
+        (COPIES, "waiting for memory"),
+    ):
+        ax.barh([0], [0], color=color, label=label)
+    ax.legend(loc="upper right", frameon=False, fontsize=9, labelcolor=INK)
+    _save(figure, path)
+
+
+def sweep(rows: Sequence[Row], path: pathlib.Path, title: str) -> None:
+    """MFU over tokens per chip, a curve for each way.
+
+    Args:
+      rows: of all batches.
+      path: the PNG file to make.
+      title: what is written above.
+    """
+    figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
+    ax = _axes(figure, title)
+    ran = [row for row in rows if isinstance(row, Prediction)]
+    for number, name in enumerate(dict.fromkeys(row.name for row in ran)):
+        mine = sorted((row for row in ran if row.name == name), key=lambda x: x.tokens_per_chip)
+        points = [(row.tokens_per_chip, row.mfu) for row in mine if row.mfu is not None]
+        ax.plot(
+            [x for x, _ in points],
+            [y for _, y in points],
+            marker="o",
+            markersize=4.5,
+            linewidth=1.8,
+            linestyle="-" if number < len(CURVES) else "--",
+            color=CURVES[number % len(CURVES)],
+            label=name,
+        )
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    ax.set_ylim(bottom=0.0)
+    ax.set_xlabel("tokens per chip and step", loc="right", fontsize=9, color=INK)
+    ax.set_ylabel("predicted MFU", fontsize=9, color=INK)
+    ax.legend(frameon=False, fontsize=9, labelcolor=INK)
+    _save(figure, path)
+
+
+def _axes(figure: Figure, title: str) -> Any:
+    ax = figure.subplots()
+    ax.set_title(title, loc="left", fontsize=9, color=INK, wrap=True)
+    ax.set_axisbelow(True)
+    ax.grid(color=FAINT, linewidth=0.8)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.tick_params(which="both", colors=INK, length=0)
+    return ax
+
+
+def _save(figure: Figure, path: pathlib.Path) -> None:
+    with atomically(path) as draft:
+        FigureCanvasAgg(figure).print_png(draft)

@@ -1,19 +1,15 @@
-"""Benchmarks of collective_matmul and of models: FLOPs and MFU, predictions, measurements.
+"""Benchmarks of collective_matmul and of models: accounting, predictions, measurements.
 
-`python -m bench` lists the subcommands (`bench.commands`). From the ground up:
+`python -m bench` lists the subcommands (`bench.commands`). The rooms:
 
-    products      FLOPs of the primitives that multiply
-    flops         FLOPs of a whole program, from its jaxpr
-    work, mfu     model FLOPs and hardware FLOPs with their conventions; FLOPs over time and peak
-    record        what every result says about itself: predicted or measured, on what, when
-    slices        TPUs that are not there, to compile for
-    programs      a model's real training step;  operations: single collective products
-    compiling     what the compiler answers, out of memory included
-    prediction    a program's predicted time, from its schedule
-    baselines     the ways to partition a step;  comparison: all of them in a table
-    figures       pictures of predictions
-    calibration   how far predictions are from published measurements
-    timing        measurements on the devices of this machine
+    products, flops    FLOPs of what multiplies, and of a whole program, from its jaxpr
+    work, mfu          model FLOPs and hardware FLOPs with their conventions; over time and peak
+    predicted/         steps and products on TPUs that are not there, by the TPU compiler
+    measured/          the same on devices that are, by a clock
+    suites/            the pytest-benchmark suites of the measurements
+    record, results/   what a result says about itself: predicted or measured, on what, when
+    report             the page of all results;  tables, plots, predicted_tables: what it draws
+    commands/          one file, one subcommand
 
 Neither the library nor the models import any of this.
 """

@@ -245,7 +245,14 @@ def _on_mesh(
                 specs,
             )
 
-        return constrained(body(None, *constrained(values, specs)), out_specs(layout))
+        # Kernels are gathered over fsdp for use, in so many words: otherwise the compiler may
+        # gather the whole batch instead, for the kernel's gradient.
+        for_use = jax.tree.map(layout.without_fsdp, specs)
+        values = tuple(
+            constrained(value, at) if name.startswith("kernel") else value
+            for name, value, at in zip(arguments, constrained(values, specs), for_use, strict=True)
+        )
+        return constrained(body(None, *values), out_specs(layout))
     axes = {*layout.data, *layout.tensor_axes}
     return jax.shard_map(
         lambda *local: body(layout, *local),

@@ -160,6 +160,12 @@ class Layout:
         cut = self.gathered_axes if self.activations == "tokens" else self.tensor
         return P(*([None] * (ndim - 1)), cut)
 
+    def without_fsdp(self, spec: P) -> P:
+        """Where a kernel of this spec lies while it is used: whole over fsdp."""
+        dims = [tuple(n for n in (d if isinstance(d, tuple) else (d,)) if n) for d in spec]
+        kept = (tuple(n for n in names if n != self.fsdp) for names in dims)
+        return P(*(names or None for names in kept))
+
     def column_bias(self, ndim: int = 1) -> P:
         """`[f@tensor, ...]`."""
         return P(self.tensor, *([None] * (ndim - 1)))

@@ -16,6 +16,10 @@ from bench.commands import UserError
 from bench.record import Record, load
 
 ROOT = pathlib.Path(__file__).parents[1]
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu, the TPU compiler, is not installed",
+)
 
 
 def test_every_subcommand_says_what_it_does(capsys):
@@ -116,3 +120,32 @@ def test_the_commit_is_this_checkouts():
 
 def test_a_user_error_is_a_value_error():
     assert issubclass(UserError, ValueError)
+
+
+@needs_compiler
+def test_all_baselines_in_one_go(tmp_path, capsys):
+    """What the page shows for ViT-22B on 1,024 chips, with a model of a few rows on four."""
+    step = ["--model", "mu/16", "--depth", "1", "--image-size", "64", "--classes", "8"]
+    place = ["--topology", "v5e:2x2", "--mesh", "tensor=4", "--batch", "8", "--remat", "none"]
+    rows = ["--baselines", "two_way", "gspmd", "fsdp"]
+    assert main(["predict", *step, *place, "--compare", *rows, "--out", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "4 x v5e" in told and "predicted" in told and "the winner" in told
+    assert "accuracy: " in told
+    found = load(tmp_path / "compare.json")
+    assert [row["name"] for row in found.result["rows"]] == ["two_way", "gspmd", "fsdp"]
+    assert all(0 < row["mfu"] < 1 for row in found.result["rows"])
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert pictures == {"compare.png", "timeline.png"}
+
+
+@needs_compiler
+def test_a_sweep_over_tokens_a_chip(tmp_path):
+    step = ["--model", "mu/16", "--depth", "1", "--image-size", "64", "--classes", "8"]
+    place = ["--topology", "v5e:2x2", "--mesh", "tensor=4", "--batch", "8", "--remat", "none"]
+    rows = ["--baselines", "unfused", "--factors", "1", "2"]
+    assert main(["predict", *step, *place, "--sweep", *rows, "--out", str(tmp_path)]) == 0
+    batches = load(tmp_path / "sweep.json").result["batches"]
+    tokens = {batch: rows[0]["tokens_per_chip"] for batch, rows in batches.items()}
+    assert tokens == {"8": 32, "16": 64}
+    assert (tmp_path / "sweep.png").is_file()

@@ -7,14 +7,14 @@ import re
 
 import pytest
 
-from bench import reproductions
-from bench.calibration import Result, Summary, key, page, predict, restored, summary
-from bench.commands import UserError, regress
+from bench.commands import UserError, calibrate, regress
 from bench.commands.calibrate import BEGIN, END, PAGE, PATH, replaced
-from bench.points import POINTS, Point
+from bench.predicted import reproductions
+from bench.predicted.calibration import Result, Summary, key, page, predict, restored, summary
+from bench.predicted.points import POINTS, Point
+from bench.predicted.regression import CASES, TOLERANCE, changes, explain
+from bench.predicted.regression import predict as predict_case
 from bench.record import Record, load
-from bench.regression import CASES, TOLERANCE, changes, explain
-from bench.regression import predict as predict_case
 from collective_matmul import hardware
 
 compiler = pytest.mark.skipif(
@@ -183,3 +183,13 @@ def test_golden_figures_hold(name):
         pytest.skip(f"the golden figures are of libtpu {golden['versions']['libtpu']}")
     new = predict_case(CASES[name])
     assert changes(golden, new) == {}, explain(golden, new)
+
+
+@compiler
+def test_the_commands(capsys):
+    assert calibrate.main(["--only", "7x copy of 2 MiB"]) == 0
+    assert re.fullmatch(r"7x copy of 2 MiB .*, published 3.041 us: .*%\n", capsys.readouterr().out)
+    assert regress.main(["--only", "^v5e gather two_way$"]) == 0
+    assert "v5e gather two_way: " in capsys.readouterr().out
+    with pytest.raises(UserError, match="matches none of"):
+        regress.main(["--only", "nothing"])

@@ -36,6 +36,33 @@ COMMANDS = {
     "PYTHON=python3.13 VENV=.venv-newest .ci/test": ".ci/test",
     "mypy": CI,
     "pre-commit run --all-files": READER,
+    "python -m bench calibrate": "tests/test_calibration.py::test_the_commands",
+    "python -m bench gpu --json runs/gpu.json": (
+        "tests/test_measure.py::test_gpu_runs_on_a_cpu_and_claims_nothing"
+    ),
+    "python -m bench measure --quick": (
+        "tests/test_measure.py::test_measure_runs_the_suites_and_reports_ratios"
+    ),
+    "python -m bench predict --compare --mesh data=16,fsdp=16,tensor=4 --batch 16384 "
+    "--remat products --out runs/vit22b-v4": (
+        "tests/test_bench_cli.py::test_all_baselines_in_one_go"
+    ),
+    "python -m bench predict --model B/16 --topology v5e:2x4 --mesh data=2,tensor=4 --sweep "
+    "--baselines two_way gspmd fsdp": "tests/test_bench_cli.py::test_a_sweep_over_tokens_a_chip",
+    "python -m bench predict --model vit_22b --topology v4:8x8x16 --mesh "
+    "data=16,fsdp=16,tensor=4 --batch 16384 --remat products": (
+        "tests/test_predict.py::test_a_training_step_is_predicted"
+    ),
+    "python -m bench predict-op --topology v5e:2x4 --m 8192 --k 6144 --n 24576": (
+        "tests/test_predict.py::test_predict_op_tells_whether_the_cost_model_is_right"
+    ),
+    "python -m bench regress": "tests/test_calibration.py::test_the_commands",
+    "python -m bench report": (
+        "tests/test_report.py::test_writing_twice_is_writing_once_and_check_sees_a_change"
+    ),
+    "python -m bench sockets --json runs/sockets.json": (
+        "tests/test_sockets.py::test_a_small_measurement"
+    ),
     "python -m models.train digits": "tests/test_train.py::test_the_readmes_command",
     "python -m models.train digits --help": HERE,
     "python -m models.train digits --mesh 1,2,4 --layout features --algorithm bidirectional "

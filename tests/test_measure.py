@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import pytest
 
 import collective_matmul as cm
-from bench import commands, gpu, gpu_cases, timing
-from bench.bounds import bound
+from bench import commands
 from bench.commands import gpu as gpu_command
 from bench.commands.measure import result_of
-from bench.operations import MODES, Product
+from bench.measured import gpu, gpu_cases, timing
+from bench.measured.bounds import bound
+from bench.predicted.operations import MODES, Product
 from bench.record import load
 from bench.suites.operations import Problem, plans, program
 from collective_matmul import algorithms, hardware
@@ -187,7 +188,7 @@ def test_pytorchs_passes_run(timm):
     """The same sizes of everything, of our models and theirs, but for biases."""
     import torch
 
-    from bench import torch_peer
+    from bench.measured import torch_peer
 
     for case in gpu_cases.cases(tiny=True).values():
         call, wait = torch_peer.prepare(case, True, device="cpu", compiled=False)
@@ -201,7 +202,7 @@ def test_pytorchs_passes_run(timm):
 
 def test_gpu_runs_on_a_cpu_and_claims_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
-        gpu_command, "FRAMEWORKS", {"ours, jax": "bench.gpu", "none": "bench.nothing"}
+        gpu_command, "FRAMEWORKS", {"ours, jax": "bench.measured.gpu", "none": "bench.nothing"}
     )
     path = tmp_path / "gpu.json"
     asked = ["--device", "cpu", "--tiny", "--only", "block", "--rounds", "1", "--json", str(path)]
@@ -218,13 +219,13 @@ def test_gpu_runs_on_a_cpu_and_claims_nothing(tmp_path, capsys, monkeypatch):
 
 def test_no_gpu_is_told_in_the_row():
     lines = gpu_command.run(
-        "bench.gpu",
+        "bench.measured.gpu",
         {"case": "22B block x 1", "tiny": True, "rounds": 1, "device": "gpu"},
         patience=120,
     )
     assert [line["pass"] for line in lines] == ["forward", "forward+backward"]
     assert all("is asked for a gpu and has cpu" in line["failed"] for line in lines)
-    late = gpu_command.run("bench.gpu", {}, patience=0.0)
+    late = gpu_command.run("bench.measured.gpu", {}, patience=0.0)
     assert "no time was left" in late[0]["failed"]
 
 

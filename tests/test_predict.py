@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bench import baselines, comparison, figures, prediction, programs
 from bench.__main__ import main
-from bench.compiling import attempt, read_buffers, read_refusal
-from bench.operations import MODES, Product
-from bench.programs import training_step
+from bench.predicted import baselines, comparison, figures, prediction, programs
+from bench.predicted.compiling import attempt, read_buffers, read_refusal
+from bench.predicted.operations import MODES, Product
+from bench.predicted.programs import training_step
+from bench.predicted.slices import chip_of, tpu_slice
 from bench.record import load
-from bench.slices import chip_of, tpu_slice
 from collective_matmul import Layout, algorithms, make_mesh
 from models.config import Config
 from models.data import Augment
@@ -174,7 +174,7 @@ def test_a_row_that_fails_takes_no_other_with_it(tmp_path, capsys):
     assert any(
         line.startswith("ring") and "failed: ValueError: not today" in line for line in lines
     )
-    figures.comparison([*rows, full], tmp_path / "bars.png", "a title")
+    figures.comparison(comparison.as_dicts([*rows, full]), tmp_path / "bars.png", "a title")
 
 
 @needs_compiler

@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 import pytest
 
-from bench.regression import SLICES, product
-from bench.slices import chip_of
-from bench.windows import Window, surely_exposed, windows
-from collective_matmul import algorithms
+from bench.predicted.operations import Product
+from bench.predicted.regression import SLICES, product
+from bench.predicted.slices import chip_of, tpu_slice
+from bench.predicted.windows import Window, surely_exposed, windows
+from collective_matmul import algorithms, make_mesh
 from collective_matmul.inspect.collectives import collective, wire_bytes
 from collective_matmul.inspect.hlo import parse
 from collective_matmul.inspect.network import Network
@@ -24,7 +25,16 @@ pytestmark = pytest.mark.skipif(
     reason="libtpu is not installed: NO SCHEDULE IS CHECKED (pip install collective-matmul[aot])",
 )
 ALGORITHMS = algorithms.names()
-T, M, K = 4, 8192, 8192  # as `bench.regression.product` has them
+T, M, K = 4, 8192, 8192  # as `bench.predicted.regression.product` has them
+
+# Slices with 16 devices.
+LARGER = {
+    "v4": "v4:2x2x4",
+    "v5e": "v5e:4x4",
+    "v5p": "v5p:2x2x4",
+    "v6e": "v6e:4x4",
+    "7x": "7x:2x2x2",
+}
 
 # Hops of a scatter that libtpu 0.0.51 leaves exposed although an order exists that would hide them:
 # on v4, v5p and v6e it computes all of direct's products before it sends the first sum, and the
@@ -63,6 +73,14 @@ def schedule(chip, mode, algorithm):
     moved = [collective(module, x) for x in module.main.instructions]
     found = [x for x in moved if x is not None]
     return Schedule(windows(module, network), {x.kind for x in found}, sum(map(wire_bytes, found)))
+
+
+@functools.cache
+def larger(chip, algorithm):
+    """As `compiled`, a scatter over 16 devices."""
+    mesh = make_mesh(tensor=16, devices=tpu_slice(LARGER[chip]))
+    backend = "xla" if algorithm else "unfused"
+    return Product("scatter", M, K, K).program(mesh, algorithm, backend).traced.lower().compile()
 
 
 def temporary(chip, mode, algorithm):
@@ -109,9 +127,19 @@ def test_a_gather_never_holds_the_gathered_operand(chip, algorithm):
 
 
 @pytest.mark.parametrize("chip", SLICES)
-def test_a_scatter_never_holds_the_whole_sum(chip):
-    """In float32 a ring has two chunks under way; schedules that have more need more than 4
-    devices to gain by it."""
+def test_a_ring_never_holds_the_whole_sum(chip):
+    """A ring has two chunks under way, schedules in two directions up to seven: of 4 chunks in all
+    that is no gain, of 16 it is."""
     plain, ring = (temporary(chip, "scatter", x) for x in (None, "ring"))
     assert plain >= M * K * 2
     assert ring < plain
+
+
+@pytest.mark.parametrize(
+    "chip, algorithm",
+    [*((chip, "two_way") for chip in LARGER), *(("v5e", x) for x in ALGORITHMS if x != "two_way")],
+)
+def test_on_a_ring_of_16_no_schedule_holds_the_whole_sum(chip, algorithm):
+    plain, ours = (larger(chip, x).memory_analysis().temp_size_in_bytes for x in (None, algorithm))
+    assert plain >= M * K * 2
+    assert ours < plain

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 import collective_matmul as cm
-from bench import commands, sockets, sockets_worker
+from bench import commands
 from bench.commands.sockets import hidden, main, result_of
-from bench.sockets_worker import PRODUCTS, compiled, schedules
+from bench.measured import sockets, sockets_worker
+from bench.measured.sockets_worker import PRODUCTS, compiled, schedules
 from collective_matmul import algorithms
 
 SIZES = (16, 8, 8)

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 
 import tyro
 
-from bench.calibration import Result, comparison, key, page, predict, restored, summary
 from bench.commands import UserError
-from bench.points import POINTS
+from bench.predicted.calibration import Result, comparison, key, page, predict, restored, summary
+from bench.predicted.points import POINTS
+from bench.predicted.slices import compile_only
 from bench.record import RESULTS, ROOT, Record, load
-from bench.slices import compile_only
 
 PATH = RESULTS / "calibration.json"
 PAGE = ROOT / "docs" / "calibration.md"

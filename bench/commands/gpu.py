@@ -23,15 +23,15 @@ from typing import Any
 
 import jax
 
-from bench import gpu
 from bench.commands import UserError
-from bench.gpu_cases import PASSES, Case, cases
+from bench.measured import gpu
+from bench.measured.gpu_cases import PASSES, Case, cases
 from bench.mfu import utilisation
 from bench.record import ROOT, Record
 from bench.tables import markdown
 from collective_matmul import hardware
 
-FRAMEWORKS = {"ours, jax": "bench.gpu", "timm, PyTorch": "bench.torch_peer"}
+FRAMEWORKS = {"ours, jax": "bench.measured.gpu", "timm, PyTorch": "bench.measured.torch_peer"}
 ORDER = 55  # among the tables of the report
 
 

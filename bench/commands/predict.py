@@ -14,14 +14,14 @@ from typing import Any, Literal
 
 import tyro
 
-from bench import baselines, figures
-from bench.baselines import Baseline
 from bench.commands import UserError
-from bench.comparison import Row, as_dicts, compare, table, tell, winner
-from bench.prediction import Prediction, accuracy, predict
-from bench.programs import Program, training_step
+from bench.predicted import baselines, figures
+from bench.predicted.baselines import Baseline
+from bench.predicted.comparison import Row, as_dicts, compare, table, tell, winner
+from bench.predicted.prediction import Prediction, accuracy, predict
+from bench.predicted.programs import Program, training_step
+from bench.predicted.slices import chip_of, compile_only, tpu_slice
 from bench.record import Record
-from bench.slices import chip_of, compile_only, tpu_slice
 from collective_matmul import make_mesh
 from collective_matmul.mesh import AXES
 from models import vit
@@ -31,7 +31,6 @@ from models.optim import Optim
 
 MODELS = {"vit_22b": "22B/14"}
 IMAGES = 64  # a device, by default: ViT-22B trained with 65,536 on 1,024
-FACTORS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)  # of the batch, in a sweep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Options:
     """vit_22b, or any SIZE/PATCH of models/vit.py: B/16, L/16, e/14"""
     topology: str = "v4:8x8x16"
     """the slice: CHIP:XxY or CHIP:XxYxZ, in chips"""
-    mesh: str = "data=-1,fsdp=4,tensor=4"
+    mesh: str = "data=-1,fsdp=8,tensor=4"
     """devices on each axis; one may be -1, what is left; an axis that is not named has 1"""
     algorithm: str | None = None
     """how the collective matmuls travel; None: the cost model chooses"""
@@ -67,7 +66,9 @@ class Options:
     compare: bool = False
     """predict the same step under all baselines"""
     sweep: bool = False
-    """compare at batches of 1/8 to 2 times the asked one: MFU against tokens per chip"""
+    """compare at several batches: MFU against tokens per chip"""
+    factors: tuple[float, ...] = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
+    """with --sweep: the batches, as multiples of the asked one"""
     baselines: tuple[str, ...] = ()
     """with --compare or --sweep: only these rows"""
     out: pathlib.Path | None = None
@@ -117,7 +118,7 @@ def _compare(
     if asked.out:
         best = winner(found)
         _write(asked, "compare", {"rows": as_dicts(found)}, best)
-        figures.comparison(found, asked.out / "compare.png", title)
+        figures.comparison(as_dicts(found), asked.out / "compare.png", title)
     return 0 if winner(found) else 1
 
 
@@ -126,7 +127,7 @@ def _sweep(
 ) -> int:
     batch = _batch(asked, devices)
     found: dict[int, list[Row]] = {}
-    for images in dict.fromkeys(max(1, round(factor * batch)) for factor in FACTORS):
+    for images in dict.fromkeys(max(1, round(factor * batch)) for factor in asked.factors):
         tell(f"batch {images:,}:")
         smaller = dataclasses.replace(asked, batch=images)
         found[images] = compare(rows, functools.partial(_program, smaller, devices, sizes))

@@ -15,15 +15,15 @@ from typing import Literal
 import tyro
 from jax.sharding import Mesh
 
-from bench.baselines import XLA_COLLECTIVE_MATMUL
 from bench.commands import UserError
-from bench.comparison import Failure, Row, aligned, as_dicts, tell
-from bench.compiling import Options as CompilerOptions
-from bench.operations import Product
-from bench.prediction import Prediction, accuracy, predict
-from bench.programs import Program
+from bench.predicted.baselines import XLA_COLLECTIVE_MATMUL
+from bench.predicted.comparison import Failure, Row, aligned, as_dicts, tell
+from bench.predicted.compiling import Options as CompilerOptions
+from bench.predicted.operations import Product
+from bench.predicted.prediction import Prediction, accuracy, predict
+from bench.predicted.programs import Program
+from bench.predicted.slices import chip_of, compile_only, tpu_slice
 from bench.record import Record
-from bench.slices import chip_of, compile_only, tpu_slice
 from collective_matmul import algorithms, backends, make_mesh
 
 BARE, CHOSEN, XLA = "bare product", "None", "unfused + XLA"
@@ -46,7 +46,7 @@ class Options:
     """What to predict."""
 
     mode: Literal["gather", "gather-contracting", "gather-rhs", "scatter"] = "gather"
-    """which operand or result lies in shards; see bench/operations.py"""
+    """which operand or result lies in shards; see bench/predicted/operations.py"""
     m: int = 16384
     """rows of the product of one device"""
     k: int = 6144

@@ -17,9 +17,9 @@ from typing import Any
 import tyro
 
 from bench.commands import UserError
+from bench.predicted.regression import CASES, changes, explain, predict
+from bench.predicted.slices import compile_only
 from bench.record import ROOT, versions
-from bench.regression import CASES, changes, explain, predict
-from bench.slices import compile_only
 from bench.tables import markdown
 from models.files import atomically
 

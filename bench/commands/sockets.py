@@ -17,11 +17,11 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench import sockets
 from bench.commands import UserError
+from bench.measured import sockets
+from bench.measured.timing import Times
 from bench.record import Record
 from bench.tables import markdown
-from bench.timing import Times
 
 # m, k, n. What travels to a device is 4 MiB either way: [m/2, k] or [m/2, n] of float32.
 SIZES = {"gather of rows": (2048, 1024, 2048), "scatter of rows": (2048, 4096, 1024)}

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import pytest
 
-from bench.bounds import Bound
-from bench.timing import once
+from bench.measured.bounds import Bound
+from bench.measured.timing import once
 from bench.work import Work
 
 ROUNDS, QUICK_ROUNDS, WARMUP = 20, 5, 2

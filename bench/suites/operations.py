@@ -1,4 +1,4 @@
-"""What the suites time: each product of `bench.operations` by each plan, on real devices."""
+"""What the suites time: each product of `predicted.operations` by each plan, on real devices."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 import collective_matmul as cm
-from bench.bounds import Bound, bound
-from bench.operations import Product
+from bench.measured.bounds import Bound, bound
+from bench.predicted.operations import Product
 from bench.work import Work
 from collective_matmul import algorithms, backends, hardware
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import collective_matmul as cm
-from bench.bounds import Bound
 from bench.flops import count
+from bench.measured.bounds import Bound
 from bench.suites.operations import axis_sizes, plan_name, plans
 from bench.work import Work, model_work
 from collective_matmul import hardware

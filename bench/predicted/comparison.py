@@ -10,10 +10,10 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from bench.baselines import Baseline
-from bench.compiling import gib
-from bench.prediction import Prediction, predict
-from bench.programs import Program
+from bench.predicted.baselines import Baseline
+from bench.predicted.compiling import gib
+from bench.predicted.prediction import Prediction, predict
+from bench.predicted.programs import Program
 
 HEADS = (
     *("", "step ms", "MFU", "compute ms", "exposed ms", "copies ms", "hidden", "HBM GiB"),
@@ -69,7 +69,12 @@ def table(rows: Sequence[Row]) -> str:
     def order(row: Row) -> float:
         return (isinstance(row, Prediction) and row.seconds) or float("inf")
 
-    return aligned([HEADS, *(_cells(row, row is best) for row in sorted(rows, key=order))])
+    ranked = sorted(rows, key=order)
+    notes = [
+        f"{row.name}: {note}" for row in ranked if isinstance(row, Prediction) for note in row.notes
+    ]
+    lines = aligned([HEADS, *(_cells(row, row is best) for row in ranked)])
+    return "\n".join([lines, *(["", *notes] if notes else [])])
 
 
 def aligned(lines: Sequence[tuple[str, ...]]) -> str:
@@ -113,12 +118,12 @@ def _cells(row: Row, best: bool) -> tuple[str, ...]:
         f"{row.report.hidden_share:.0%}",
         "-" if row.hbm is None else f"{row.hbm / 2**30:.1f}",
         built,
-        "; ".join([*(["the winner"] if best else []), *(_axes(row)), *row.notes]),
+        f"{_axes(row)}{'; the winner' * best}",
     )
 
 
-def _axes(row: Prediction) -> list[str]:
-    return [", ".join(f"{axis}={size}" for axis, size in row.mesh.items())]
+def _axes(row: Prediction) -> str:
+    return ", ".join(f"{axis}={size}" for axis, size in row.mesh.items())
 
 
 def _said(row: Row) -> str:

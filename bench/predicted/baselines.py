@@ -10,7 +10,7 @@ import dataclasses
 import math
 from typing import Any, Literal
 
-from bench.compiling import Options
+from bench.predicted.compiling import Options
 from collective_matmul import Layout, algorithms, make_mesh
 
 XLA_COLLECTIVE_MATMUL: Options = {

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bench.flops import count_jaxpr
-from bench.programs import Program
+from bench.predicted.programs import Program
 from bench.work import Work, hardware_work
 from collective_matmul import collective_einsum, explain
 from collective_matmul.explain import Explanation

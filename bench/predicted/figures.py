@@ -3,64 +3,58 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
-from bench.comparison import Row, winner
-from bench.prediction import Prediction
+from bench.predicted.comparison import Row
+from bench.predicted.prediction import Prediction
 from models.files import atomically
 
 COMPUTE, WAITING, COPIES, INK, FAINT = "#3b6ea8", "#d9622b", "#8a8f98", "#2b2d31", "#e3e5e8"
+PARTS = {"compute": COMPUTE, "exposed": WAITING, "copies": COPIES}
 CURVES = ("#d9622b", "#3b6ea8", "#4f9d69", "#8d6cab", "#c2a83e", "#5aa9b8", "#b0506a", "#8a8f98")
 
 
-def comparison(rows: Sequence[Row], path: pathlib.Path, title: str) -> None:
+def comparison(rows: Sequence[Mapping[str, Any]], path: pathlib.Path, title: str) -> None:
     """A bar for each way: compute, and waiting for collectives and for copies; the fastest on top.
 
     Args:
-      rows: from `comparison.compare`.
+      rows: from `comparison.as_dicts`, as a record has them.
       path: the PNG file to make.
       title: what is written above.
     """
-    best = winner(rows)
-    ran = [row for row in rows if isinstance(row, Prediction) and row.report]
-    ran.sort(key=lambda row: row.seconds or 0.0)
-    others = [row for row in rows if not isinstance(row, Prediction) or not row.report]
+    ran = sorted((row for row in rows if row.get("seconds")), key=lambda row: row["seconds"])
+    others = [row for row in rows if not row.get("seconds")]
     figure = Figure(figsize=(10, 1.3 + 0.42 * len(rows)), dpi=150, layout="constrained")
     ax = _axes(figure, title)
-    width = max((row.seconds or 0.0 for row in ran), default=1e-3) * 1e3
+    width = max((row["seconds"] for row in ran), default=1e-3) * 1e3
     for y, row in enumerate(ran):
-        assert row.report is not None and row.seconds is not None
         left = 0.0
-        for seconds, color in (
-            (row.report.compute_seconds, COMPUTE),
-            (row.report.exposed_seconds, WAITING),
-            (row.report.copies_seconds, COPIES),
-        ):
-            ax.barh(-y, 1e3 * seconds, 0.62, left=left, color=color)
-            left += 1e3 * seconds
-        mfu = "" if row.mfu is None else f", MFU {row.mfu:.1%}"
-        weight = "bold" if row is best else "normal"
-        text = f"{1e3 * row.seconds:,.1f} ms{mfu}"
+        for part, color in PARTS.items():
+            taken = 1e3 * row["overlap"][f"{part}_seconds"]
+            ax.barh(-y, taken, 0.62, left=left, color=color)
+            left += taken
+        mfu = "" if row["mfu"] is None else f", MFU {row['mfu']:.1%}"
+        text = f"{1e3 * row['seconds']:,.1f} ms{mfu}"
+        weight = "bold" if y == 0 else "normal"
         ax.text(left + 0.01 * width, -y, text, va="center", fontsize=9, color=INK, weight=weight)
-    for y, other in enumerate(others, len(ran)):
-        memory = other.out_of_memory if isinstance(other, Prediction) else None
-        text = f"out of memory: {memory.used / 2**30:.0f} GiB" if memory else "does not compile"
+    for y, row in enumerate(others, len(ran)):
+        memory = row.get("out_of_memory")
+        text = f"out of memory: {memory['used'] / 2**30:.0f} GiB" if memory else "does not compile"
         ax.text(0.01 * width, -y, text, va="center", fontsize=9, color=WAITING)
-    ax.set_yticks([-y for y in range(len(rows))], [row.name for row in (*ran, *others)], fontsize=9)
-    ax.set_xlim(0, 1.28 * width)
+    names = [row["name"] for row in (*ran, *others)]
+    ax.set_yticks([-y for y in range(len(rows))], names, fontsize=9)
+    ax.set_ylim(0.6 - len(rows), 0.6)
+    ax.set_xlim(0, 1.45 * width)
     ax.set_xlabel("predicted milliseconds of a step", loc="right", fontsize=9, color=INK)
-    for color, label in (
-        (COMPUTE, "compute"),
-        (WAITING, "waiting for collectives"),
-        (COPIES, "waiting for memory"),
-    ):
+    labels = ("compute", "waiting for collectives", "waiting for memory")
+    for color, label in zip(PARTS.values(), labels, strict=True):
         ax.barh([0], [0], color=color, label=label)
-    ax.legend(loc="upper right", frameon=False, fontsize=9, labelcolor=INK)
+    ax.legend(loc="lower right", frameon=False, fontsize=9, labelcolor=INK)
     _save(figure, path)
 
 

@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.stages import Lowered
 
-from bench.programs import training_step
+from bench.predicted.programs import training_step
 from collective_matmul import Layout, make_mesh
 from models import vit
 from models.config import Config

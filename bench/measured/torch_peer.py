@@ -1,6 +1,6 @@
 """The same models by PyTorch and timm: one process of `python -m bench gpu`.
 
-    python -m bench.torch_peer REQUEST OUT      (as JSON, and a file; see `bench.gpu_cases.report`)
+    python -m bench.measured.torch_peer REQUEST OUT  (as JSON, and a file; see `gpu_cases.report`)
 
 timm's `ParallelScalingBlock` is ViT-22B's block; its attention is torch's
 `scaled_dot_product_attention`. Everything is compiled by `torch.compile`.
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu_cases import Case, report
+from bench.measured.gpu_cases import Case, report
 
 
 def transformers() -> Any:

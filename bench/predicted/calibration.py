@@ -14,10 +14,10 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bench import reproductions
-from bench.points import Point
+from bench.predicted import reproductions
+from bench.predicted.points import Point
+from bench.predicted.slices import tpu_slice
 from bench.record import Record
-from bench.slices import tpu_slice
 from bench.tables import markdown
 from collective_matmul import hardware
 from collective_matmul.inspect import overlap_report

@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bench.timing import measure
+from bench.measured.timing import measure
 from models.vit_config import Config, variant
 
 PASSES = ("forward", "forward+backward")

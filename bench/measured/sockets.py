@@ -83,7 +83,7 @@ def link(*, rate_mbit: int, burst_kb: int) -> Iterator[tuple[str, str]]:
 def run_pair(
     names: Sequence[str], request: Mapping[str, Any], folder: pathlib.Path, *, patience: float
 ) -> list[Any]:
-    """What each of two processes of `bench.sockets_worker` found.
+    """What each of two processes of `bench.measured.sockets_worker` found.
 
     Args:
       names: of the namespaces.
@@ -98,7 +98,15 @@ def run_pair(
     try:
         for rank, (name, log) in enumerate(zip(names, logs, strict=True)):
             told = dict(request) | {"rank": rank, "coordinator": f"{ADDRESSES[0]}:{PORT}"}
-            command = ["ip", "netns", "exec", name, sys.executable, "-m", "bench.sockets_worker"]
+            command = [
+                "ip",
+                "netns",
+                "exec",
+                name,
+                sys.executable,
+                "-m",
+                "bench.measured.sockets_worker",
+            ]
             with log.open("w") as out:
                 processes.append(
                     subprocess.Popen(

@@ -1,6 +1,6 @@
 """One of the two processes: times products over an axis of two, overlapped and in their parts.
 
-    python -m bench.sockets_worker REQUEST OUT        (as JSON, and a file; see `bench.sockets`)
+    python -m bench.measured.sockets_worker REQUEST OUT      (as JSON, and a file; see `sockets`)
 
 For each product, schedule and number of chunks there are three programs: the collective product in
 so many calls, each of a slice of what travels; the same slices' travel alone; and the same slices'
@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import collective_matmul as cm
-from bench.timing import once
+from bench.measured.timing import once
 from collective_matmul import algorithms
 
 AXIS = "tensor"

@@ -1,6 +1,6 @@
 """Our models on a GPU: one process of `python -m bench gpu`.
 
-python -m bench.gpu REQUEST OUT        (as JSON, and a file; see `bench.gpu_cases.report`)
+python -m bench.measured.gpu REQUEST OUT      (as JSON, and a file; see `gpu_cases.report`)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bench.flops import count
-from bench.gpu_cases import Case, report
+from bench.measured.gpu_cases import Case, report
 from bench.work import Work, model_work
 from models.capture import Capture
 from models.encoder import Encoder

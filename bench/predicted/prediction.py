@@ -11,11 +11,11 @@ import dataclasses
 import json
 from typing import Any
 
-from bench.compiling import Options, OutOfMemory, attempt, gib
 from bench.mfu import utilisation
-from bench.programs import Program
+from bench.predicted.compiling import Options, OutOfMemory, attempt, gib
+from bench.predicted.programs import Program
+from bench.predicted.slices import chip_of
 from bench.record import RESULTS
-from bench.slices import chip_of
 from bench.work import Work
 from collective_matmul import hardware
 from collective_matmul.hardware import Chip
@@ -146,7 +146,7 @@ def predict(name: str, program: Program, options: Options | None = None) -> Pred
 
     Args:
       name: what the prediction is called.
-      program: of devices that `bench.slices` made, or of real ones.
+      program: of devices that `bench.predicted.slices` made, or of real ones.
       options: the compiler's, by name.
     """
     chip = chip_of(program.mesh.devices.flat)

@@ -1,6 +1,6 @@
 """Published measurements of TPUs, as data: what was run, what it took, who says so.
 
-Each point names a program of `bench.reproductions` that compiles to what was measured. Where the
+Each point names a program of `reproductions` that compiles to what was measured. Where the
 source leaves a detail out that the program needs, `inferred` says how it was chosen, and the
 summary also counts without such points. A point with `excluded` cannot be rebuilt faithfully: it
 is listed with the reason, and not counted.
@@ -39,7 +39,7 @@ class Point:
       work: FLOPs or bytes that a rate divides by the time.
       source: where it is published.
       topology: slice that it is compiled for.
-      program: a function of `bench.reproductions`; "" if `excluded`.
+      program: a function of `bench.predicted.reproductions`; "" if `excluded`.
       arguments: its keyword arguments.
       options: compiler options.
       repeats: how often the program does it.

@@ -16,9 +16,9 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bench.operations import Product
-from bench.programs import Program, training_step
-from bench.slices import tpu_slice
+from bench.predicted.operations import Product
+from bench.predicted.programs import Program, training_step
+from bench.predicted.slices import tpu_slice
 from bench.tables import Row
 from collective_matmul import Layout, make_mesh
 from collective_matmul.inspect import OverlapReport, overlap_report

@@ -14,6 +14,8 @@ from models.files import atomically
 INK, FAINT = "#2b2d31", "#e3e5e8"
 COLORS = ("#d9622b", "#3b6ea8", "#4f9d69", "#8d6cab", "#c2a83e", "#5aa9b8", "#b0506a", "#8a8f98")
 
+MARKERS = ("o", "s", "^")
+
 
 def draw(plot: Mapping[str, Any], path: pathlib.Path, subtitle: str) -> None:
     """Draws a plot.
@@ -37,12 +39,18 @@ def draw(plot: Mapping[str, Any], path: pathlib.Path, subtitle: str) -> None:
     axes.set_title(subtitle, loc="left", fontsize=8.5, color=INK)
     x, y, by = plot["x"], plot["y"], plot["by"]
     rows = [row for row in plot["rows"] if row.get(x) is not None and row.get(y) is not None]
-    line = "-" if plot["kind"] == "lines" else ""
+    line = "-" if plot["kind"] == "lines" else "none"
     for i, name in enumerate(dict.fromkeys(row[by] for row in rows)):
         points = sorted((row[x], row[y]) for row in rows if row[by] == name)
         color = COLORS[i % len(COLORS)]
+        marker = MARKERS[i // len(COLORS) % len(MARKERS)]
         axes.plot(
-            *zip(*points, strict=True), line, marker="o", markersize=4, label=name, color=color
+            *zip(*points, strict=True),
+            linestyle=line,
+            marker=marker,
+            markersize=4,
+            label=name,
+            color=color,
         )
     if plot["kind"] == "roofline":
         _roof(axes, rows, x, plot["peak"], plot["bandwidth"])

@@ -54,7 +54,7 @@ def comparison(rows: Sequence[Mapping[str, Any]], path: pathlib.Path, title: str
     labels = ("compute", "waiting for collectives", "waiting for memory")
     for color, label in zip(PARTS.values(), labels, strict=True):
         ax.barh([0], [0], color=color, label=label)
-    ax.legend(loc="lower right", frameon=False, fontsize=9, labelcolor=INK)
+    ax.legend(loc="upper right", frameon=False, fontsize=9, labelcolor=INK)
     _save(figure, path)
 
 

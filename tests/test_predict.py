@@ -77,7 +77,7 @@ def test_a_training_step_is_predicted(tmp_path):
     told = str(found)
     assert "predicted for 4 x v5e" in told and "MFU" in told and "accuracy" in told
     json.dumps(found.as_dict())
-    figures.comparison([found], tmp_path / "bars.png", "a title")
+    figures.comparison(comparison.as_dicts([found]), tmp_path / "bars.png", "a title")
     figures.sweep([found], tmp_path / "curves.png", "a title")
     assert (tmp_path / "bars.png").stat().st_size > 5000 < (tmp_path / "curves.png").stat().st_size
 

@@ -25,11 +25,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def bench(*arguments, **variables):
-    """`python -m bench ...` in the checkout, as a user calls it."""
+    """`python -m bench ...` in the checkout, as a user calls it: not within another pytest, whose
+    variables tell pytest-benchmark to keep still."""
+    alone = {key: x for key, x in os.environ.items() if not key.startswith("PYTEST_")}
     return subprocess.run(
         [sys.executable, "-m", "bench", *arguments],
         cwd=ROOT,
-        env=os.environ | variables,
+        env=alone | variables,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -81,6 +81,18 @@ def model_work(forward: Count) -> Work:
     return Work(3 * forward.flops, "model", f"3 x the forward pass; {_said(forward)}")
 
 
+def pass_work(forward: Count, *, backward: bool) -> Work:
+    """Model FLOPs of a pass: of the forward pass alone, or with its gradients as `model_work`.
+
+    Args:
+      forward: `count(model, batch)`.
+      backward: whether the pass computes gradients too.
+    """
+    if backward:
+        return model_work(forward)
+    return Work(forward.flops, "model", f"the forward pass; {_said(forward)}")
+
+
 def hardware_work(step: Count) -> Work:
     """Hardware FLOPs: those of the program that is run.
 

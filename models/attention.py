@@ -78,7 +78,9 @@ class Attention(nnx.Module):
         Args:
           query: [b@data, q, heads@tensor, head_dim], or [1, q, ...], the same for all rows.
           key, value: [b@data, s, heads@tensor, head_dim].
-          capture: notes query, key, value, attention_logits and attention_output.
+          capture: notes query, key, value, attention_logits and attention_output; and of each row
+            and head attention_logit_max, max |logit|, and attention_entropy, the mean over queries
+            of -sum p log p, both [b@data, heads@tensor] float32.
 
         Returns:
           [b@data, q, heads@tensor, head_dim], for `out`.
@@ -88,7 +90,13 @@ class Attention(nnx.Module):
         value = capture("value", value)
         logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
         logits = capture("attention_logits", logits * query.shape[-1] ** -0.5)
-        weights = jax.nn.softmax(logits).astype(value.dtype)
+        capture.derived("attention_logit_max", lambda: jnp.max(jnp.abs(logits), axis=(2, 3)))
+        weights = jax.nn.softmax(logits)
+        capture.derived(
+            "attention_entropy",
+            lambda: jnp.mean(jnp.sum(jax.scipy.special.entr(weights), axis=-1), axis=2),
+        )
+        weights = weights.astype(value.dtype)
         return capture("attention_output", jnp.einsum("bhqk,bkhd->bqhd", weights, value))
 
     def __call__(self, x: jax.Array, capture: Capture) -> jax.Array:

@@ -27,6 +27,12 @@ class Capture:
             self.found[name] = x
         return x
 
+    def derived(self, name: str, make: Callable[[], jax.Array]) -> None:
+        """Notes what `make` computes, which it does only if somebody wants it."""
+        self.names.append(name)
+        if self.wanted(name):
+            self.found[name] = make()
+
 
 class Patterns(Capture):
     """A capture of all names that match a pattern, such as `"block_3/*"`.

@@ -10,9 +10,14 @@ from typing import Annotated, Literal
 from tyro.constructors import PrimitiveConstructorSpec
 
 from models import vit
-from models.data import Augment
+from models.checkpoint import Checkpoints
+from models.data import Data
+from models.guard import Guard
 from models.loss import Kind
 from models.optim import Optim
+from models.reporting.config import Report
+from models.start import Start
+from models.watch.config import Watch
 
 
 def _sizes(texts: list[str]) -> tuple[int, int, int]:
@@ -45,13 +50,19 @@ class Config:
     optim: Optim
     """the optimiser and its schedule"""
     steps: int
-    """updates of the parameters"""
+    """steps in the whole run; each is an update of the parameters, unless the guard skips it"""
     batch: int
-    """images of one update, on all devices together"""
-    augment: Augment
-    """how training images are changed"""
+    """images of one step, on all devices together"""
+    data: Data = dataclasses.field(default_factory=Data)
+    """where images come from, and what happens to them"""
     loss: Kind = "sigmoid"
     """sigmoid: each class for itself, as the paper; softmax: one class of all"""
+    guard: Guard = dataclasses.field(default_factory=Guard)
+    """which steps are not applied, and when to go back or to give up"""
+    statistics: bool = False
+    """report attention's largest logit and least entropy, and the gradients' norms, by block"""
+    start: Start = dataclasses.field(default_factory=Start)
+    """what the first parameters are, where the seed does not make them"""
     seed: int = 0
     """what initial parameters, order and augmentation are drawn from"""
     mesh: MeshSizes = (1, 1, 1)
@@ -64,8 +75,14 @@ class Config:
     """what runs them; None: the cost model chooses"""
     evaluate: int = 100
     """steps from one evaluation to the next; the last step is evaluated too"""
+    checkpoint: Checkpoints = dataclasses.field(default_factory=Checkpoints)
+    """when the state is saved, and how many are kept; a run goes on from the newest by itself"""
+    watch: Watch = dataclasses.field(default_factory=Watch)
+    """the other processes, preemption, stalls and silent damage"""
+    report: Report = dataclasses.field(default_factory=Report)
+    """what is told beside metrics, and left at the end"""
     out: pathlib.Path = pathlib.Path("runs")
-    """the folder that metrics, weights and figures go to"""
+    """the folder that metrics, checkpoints, weights and figures go to"""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "evaluate"):

@@ -3,11 +3,35 @@
 from __future__ import annotations
 
 import os
+from typing import Literal, Protocol
 
 import jax
 
 from collective_matmul import Layout, make_mesh
-from models.config import Config
+
+
+class Meshed(Protocol):
+    """What says where arrays lie, such as the config of a run."""
+
+    @property
+    def mesh(self) -> tuple[int, int, int]:
+        """Devices on the axes data, fsdp and tensor."""
+
+    @property
+    def devices(self) -> int:
+        """How many these are."""
+
+    @property
+    def layout(self) -> Literal["tokens", "features"]:
+        """What the tensor axis cuts between layers."""
+
+    @property
+    def algorithm(self) -> str | None:
+        """How the collective matmuls travel."""
+
+    @property
+    def backend(self) -> str | None:
+        """What runs them."""
 
 
 def simulate(count: int) -> None:
@@ -31,7 +55,7 @@ def simulate(count: int) -> None:
         os.environ["XLA_FLAGS"] = f"{flags} --{flag}=false".strip()
 
 
-def layout_of(config: Config) -> Layout | None:
+def layout_of(config: Meshed) -> Layout | None:
     """Where the arrays of a run lie, or None for one device without a mesh.
 
     Args:

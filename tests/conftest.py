@@ -57,21 +57,11 @@ def x64() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def timm() -> Any:
-    """The module timm, or a skip where the crosscheck extra is not installed.
-
-    timm imports torchvision, whose compiled half does not load where torch is a CPU build and
-    torchvision is not. Then its operators are declared: its import names them, and no transformer
-    calls them.
-    """
+    """The module timm, or a skip where the crosscheck extra is not installed."""
     for package in ("torch", "torchvision", "timm"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} of the crosscheck extra is not installed")
-    import torch
+    from bench.measured import torch_peer
 
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError:
-        signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        torch.library.define("torchvision::nms", signature)
-        torch.library.define("torchvision::qnms", signature)
+    torch_peer.transformers()  # timm imports torchvision, which need not load: see there
     return importlib.import_module("timm")

@@ -7,6 +7,7 @@ operands of a case differ on every device, so that a result that mixes devices u
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import math
 import zlib
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import PartitionSpec as P
 
@@ -39,6 +41,12 @@ def quick() -> dict[str, Any]:
             jax.jit(lambda: 0).lower().compile(compiler_options={name: value})
             known[name] = value
     return known
+
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed: NOTHING IS COMPILED (pip install collective-matmul[aot])",
+)
 
 
 def plans() -> list[tuple[str | None, str | None]]:

@@ -15,11 +15,9 @@ from bench.__main__ import main
 from bench.commands import UserError
 from bench.record import Record, load
 
+from .helpers import needs_compiler
+
 ROOT = pathlib.Path(__file__).parents[1]
-needs_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="libtpu, the TPU compiler, is not installed",
-)
 
 
 def test_every_subcommand_says_what_it_does(capsys):

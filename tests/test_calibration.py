@@ -1,7 +1,6 @@
 """Published measurements, their rebuilt programs, and the sums over their errors."""
 
 import importlib.metadata
-import importlib.util
 import json
 import re
 
@@ -17,10 +16,8 @@ from bench.predicted.regression import predict as predict_case
 from bench.record import Record, load
 from collective_matmul import hardware
 
-compiler = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="libtpu is not installed: NOTHING IS COMPILED (pip install collective-matmul[aot])",
-)
+from .helpers import needs_compiler
+
 COUNTED = [point for point in POINTS if point.program]
 
 
@@ -125,7 +122,7 @@ def test_the_page_and_the_results_are_of_the_points_as_they_are():
     assert record.date in PAGE.read_text(encoding="utf-8")
 
 
-@compiler
+@needs_compiler
 def test_a_point_is_compiled_and_predicted():
     """As in the file, by the same compiler. Its products alone take 8 ms at the peak."""
     record = load(PATH)
@@ -174,7 +171,7 @@ def test_another_compiler_is_not_judged():
     assert regress.verdict("x", None, slower)[1] is False
 
 
-@compiler
+@needs_compiler
 @pytest.mark.parametrize("name", ["v4 gather two_way", "v6e scatter unfused"])
 def test_golden_figures_hold(name):
     golden = json.loads(regress.PATH.read_text(encoding="utf-8"))[name]
@@ -185,7 +182,7 @@ def test_golden_figures_hold(name):
     assert changes(golden, new) == {}, explain(golden, new)
 
 
-@compiler
+@needs_compiler
 def test_the_commands(capsys):
     assert calibrate.main(["--only", "7x copy of 2 MiB"]) == 0
     assert re.fullmatch(r"7x copy of 2 MiB .*, published 3.041 us: .*%\n", capsys.readouterr().out)

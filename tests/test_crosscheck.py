@@ -1,10 +1,9 @@
-"""Our vision transformers against those of timm and transformers: outputs and all gradients.
+"""Our vision transformers against those of timm and transformers: outputs, gradients and files.
 
-Weights are random, theirs are copied into ours, and both sides compute in float32 on one device.
-`theirs` below is always the arrays of the other model by name. Copying is linear, so the function
-that copies the parameters also copies their gradients. An array of ours has the order of theirs
-after `dense` and `embedding`; its shape, which may split a dimension into heads, comes from our
-model.
+Weights are random, and both sides compute in float32 on one device. Weights travel in files alone:
+those of the others are written by their own functions and read by `models.formats`, ours are
+written by `models.formats` and read by their own loaders, which have to find every array. Their
+gradients are brought into our order the same way, as the weights of a model.
 """
 
 import functools
@@ -15,163 +14,81 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models import vit
-from models.weights import names
+from models import formats, vit
+from models.arrays.tree import names
 
 from .helpers import quick
 
 SIZES = {"width": 64, "depth": 2, "mlp_dim": 128, "heads": 4, "patch_size": 8, "dtype": "float32"}
-WIDTH, MLP_DIM = SIZES["width"], SIZES["mlp_dim"]
-QKV = ("query", "key", "value")
 EPSILON = 1e-3  # so large that float32 sees where a norm adds it
 
 
-def dense(name, weight, bias=None):
-    """A linear layer: torch has [out, in], flax [in, out]."""
-    return {f"{name}.kernel": weight.T} | ({} if bias is None else {f"{name}.bias": bias})
+class Timm:
+    """A model of timm: `make()` gives a new one."""
 
+    format = "timm"
 
-def copied(theirs, **layers):
-    """Layers that have both a weight and a bias, by our name with `__` for a full stop."""
-    found = {}
-    for name, other in layers.items():
-        name = name.replace("__", ".")
-        if f"{other}.in_proj_weight" in theirs:  # three layers in one
-            weights = np.split(theirs[f"{other}.in_proj_weight"], 3)
-            biases = np.split(theirs[f"{other}.in_proj_bias"], 3)
-            for part, weight, bias in zip(QKV, weights, biases, strict=True):
-                found |= dense(f"{name}.{part}", weight, bias)
-        else:
-            found |= dense(name, theirs[f"{other}.weight"], theirs[f"{other}.bias"])
-    return found
-
-
-def norm(name, theirs, other):
-    """A scale, and a bias if theirs has one."""
-    found = {f"{name}.scale": theirs[f"{other}.weight"]}
-    bias = theirs.get(f"{other}.bias")
-    return found if bias is None else found | {f"{name}.bias": bias}
-
-
-def embedding(theirs, other):
-    """A convolution: torch has [out, channels, height, width], ours [height, width, channels]."""
-    kernel = theirs[f"{other}.weight"].transpose(2, 3, 1, 0)
-    return {"embedding.kernel": kernel, "embedding.bias": theirs[f"{other}.bias"]}
-
-
-def stacked(block):
-    """The parameters of all layers, from `block(layer)`."""
-    layers = [block(i) for i in range(SIZES["depth"])]
-    return {
-        f"encoder.blocks.{name}": np.stack([layer[name] for layer in layers]) for name in layers[0]
-    }
-
-
-def from_timm(theirs):
-    """Of a `VisionTransformer` of `ParallelScalingBlock`s and attention pooling."""
-
-    def block(i):
-        own = functools.partial("blocks.{}.{}".format, i)
-        cuts = np.cumsum([MLP_DIM, WIDTH, WIDTH])
-        up, *qkv = np.split(theirs[own("in_proj.weight")], cuts)
-        found = dense("mlp.up", up, theirs[own("mlp_bias")])
-        for part, weight in zip(QKV, qkv, strict=True):
-            found |= dense(f"attention.{part}", weight)
-        if own("out_proj.weight") in theirs:  # one bias for the sum of both
-            out, down = np.split(theirs[own("out_proj.weight")], [WIDTH], axis=1)
-            found |= dense("attention.out", out)
-            found |= dense("mlp.down", down, theirs[own("out_proj.bias")])
-        else:
-            layers = {"attention__out": own("attn_out_proj"), "mlp__down": own("mlp_out_proj")}
-            found |= copied(theirs, **layers)
-        found |= norm("norm", theirs, own("in_norm"))
-        found |= norm("attention.query_norm", theirs, own("q_norm"))
-        return found | norm("attention.key_norm", theirs, own("k_norm"))
-
-    key, value = np.split(theirs["attn_pool.kv.weight"], 2)
-    key_bias, value_bias = np.split(theirs["attn_pool.kv.bias"], 2)
-    return (
-        embedding(theirs, "patch_embed.proj")
-        | {"position": theirs["pos_embed"], "pool.probe": theirs["attn_pool.latent"]}
-        | stacked(block)
-        | norm("encoder.norm", theirs, "norm")
-        | dense("pool.attention.key", key, key_bias)
-        | dense("pool.attention.value", value, value_bias)
-        | norm("pool.norm", theirs, "attn_pool.norm")
-        | copied(
-            theirs,
-            pool__attention__query="attn_pool.q",
-            pool__attention__out="attn_pool.proj",
-            pool__mlp__up="attn_pool.mlp.fc1",
-            pool__mlp__down="attn_pool.mlp.fc2",
-            head="head",
+    def __init__(self, timm, config, **options):
+        self.library = timm
+        self.make = lambda: timm.models.vision_transformer.VisionTransformer(
+            img_size=config.image_size,
+            patch_size=config.patch_size,
+            num_classes=config.num_classes or 0,
+            embed_dim=config.width,
+            depth=config.depth,
+            num_heads=config.heads,
+            mlp_ratio=config.mlp_dim / config.width,
+            class_token=config.pool == "cls",
+            **options,
         )
-    )
+
+    def write(self, model, folder):
+        import safetensors.torch
+
+        folder.mkdir()
+        safetensors.torch.save_model(model, folder / "model.safetensors")
+
+    def read(self, path):
+        model = self.make()
+        self.library.models.load_checkpoint(model, str(path), strict=True)
+        return model
+
+    def output(self, y):
+        return y
 
 
-def standard_block(theirs, own, attention, out, norms):
-    """One block of transformers; its models differ in names alone."""
-    found = copied(
-        theirs,
-        attention__query=own(f"{attention}.q_proj"),
-        attention__key=own(f"{attention}.k_proj"),
-        attention__value=own(f"{attention}.v_proj"),
-        attention__out=own(f"{attention}.{out}"),
-        mlp__up=own("mlp.fc1"),
-        mlp__down=own("mlp.fc2"),
-    )
-    found |= norm("attention_norm", theirs, own(norms[0]))
-    return found | norm("mlp_norm", theirs, own(norms[1]))
+class Transformers:
+    """A model of transformers, of a class and its config; `output` takes what we compute too."""
 
+    def __init__(self, kind, config, output, name, **options):
+        self.kind, self.output, self.format, self.options = kind, output, name, options
+        self.make = lambda: kind(config, **options)
 
-def from_siglip(theirs):
-    """Of a `SiglipVisionModel`."""
+    def write(self, model, folder):
+        model.save_pretrained(folder)
 
-    def block(i):
-        own = functools.partial("encoder.layers.{}.{}".format, i)
-        norms = ("layer_norm1", "layer_norm2")
-        return standard_block(theirs, own, "self_attn", "out_proj", norms)
-
-    return (
-        embedding(theirs, "embeddings.patch_embedding")
-        | {"position": theirs["embeddings.position_embedding.weight"]}
-        | {"pool.probe": theirs["head.probe"]}
-        | stacked(block)
-        | norm("encoder.norm", theirs, "post_layernorm")
-        | norm("pool.norm", theirs, "head.layernorm")
-        | copied(
-            theirs,
-            pool__attention="head.attention",
-            pool__attention__out="head.attention.out_proj",
-            pool__mlp__up="head.mlp.fc1",
-            pool__mlp__down="head.mlp.fc2",
+    def read(self, path):
+        model, info = self.kind.from_pretrained(
+            path.parent, output_loading_info=True, **self.options
         )
-    )
+        assert not any(info.values()), info
+        return model
 
 
-def from_vit(theirs):
-    """Of a `ViTModel`."""
+def outcome(theirs, model, images, cotangent=None):
+    """The output of a model; given its cotangent, also the gradient of the images."""
+    import torch
 
-    def block(i):
-        own = functools.partial("layers.{}.{}".format, i)
-        norms = ("layernorm_before", "layernorm_after")
-        return standard_block(theirs, own, "attention", "o_proj", norms)
-
-    return (
-        embedding(theirs, "embeddings.patch_embeddings.projection")
-        | {"cls": theirs["embeddings.cls_token"]}
-        | {"position": theirs["embeddings.position_embeddings"]}
-        | stacked(block)
-        | norm("encoder.norm", theirs, "layernorm")
-    )
+    x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).requires_grad_()
+    y = theirs.output(model.eval()(x))
+    if cotangent is None:
+        return y.detach().numpy()
+    y.backward(torch.from_numpy(cotangent))
+    return y.detach().numpy(), x.grad.numpy().transpose(0, 2, 3, 1)
 
 
-def run_theirs(model, output, images, cotangent):
-    """Makes all parameters random: many are zeros or ones at first, which hides what they do.
-
-    Returns:
-      The parameters, the output, the images' gradient, and the parameters' gradients.
-    """
+def randomise(model):
+    """Makes all parameters random: many are zeros or ones at first, which hides what they do."""
     import torch
 
     rng = np.random.default_rng(0)
@@ -180,65 +97,84 @@ def run_theirs(model, output, images, cotangent):
             scale = np.float32(1.0 if parameter.ndim == 1 else 0.1)
             values = scale * rng.standard_normal(parameter.shape, dtype=np.float32)
             parameter.copy_(torch.from_numpy(values))
-    x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).requires_grad_()
-    y = output(model.eval()(x))
-    y.backward(torch.from_numpy(cotangent))
-    parameters = {name: p.detach().numpy() for name, p in model.named_parameters()}
-    gradients = {name: p.grad.numpy() for name, p in model.named_parameters()}
-    return parameters, y.detach().numpy(), x.grad.numpy().transpose(0, 2, 3, 1), gradients
 
 
-def run_ours(config, parameters, images, cotangent):
-    """The output, the images' gradient, and by name the parameters' gradients."""
-    abstract = nnx.eval_shape(lambda: vit.ViT(config, layout=None, rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(abstract)
-    leaves, tree = jax.tree.flatten(state)
-    ordered = names(nnx.to_pure_dict(state))
-    assert set(ordered) == set(parameters)
-    given = [
-        jnp.asarray(parameters[name].reshape(leaf.shape))
-        for name, leaf in zip(ordered, leaves, strict=True)
-    ]
+def graph_of(config):
+    return nnx.graphdef(nnx.eval_shape(lambda: vit.ViT(config, layout=None, rngs=nnx.Rngs(0))))
+
+
+def run_ours(config, params, images, cotangent):
+    """The output, and the gradients of parameters and images."""
+    graph = graph_of(config)
 
     @functools.partial(jax.jit, compiler_options=quick())
-    def run(given, images):
-        def model(given, images):
-            return nnx.merge(graph, jax.tree.unflatten(tree, given))(images)
-
-        y, backward = jax.vjp(model, given, images)
+    def run(params, images):
+        y, backward = jax.vjp(lambda p, x: nnx.merge(graph, p)(x), params, images)
         return y, *backward(jnp.asarray(cotangent))
 
-    y, gradients, of_images = run(given, jnp.asarray(images))
-    return y, of_images, dict(zip(ordered, gradients, strict=True))
+    return run(params, jnp.asarray(images))
 
 
-def check(config, model, copy, output=lambda y: y):
-    """Compares `model`, whose parameters `copy` brings into our order, with ours."""
+def check_gradients(theirs, config, tmp_path):
+    """Both directions of a file, the outputs, and all gradients."""
+    import torch
+
     rng = np.random.default_rng(1)
     shape = (2, *config.image_shape, config.channels)
     images = rng.standard_normal(shape, dtype=np.float32)
-    features = config.num_classes or config.width
-    cotangent = rng.standard_normal((shape[0], features), dtype=np.float32)
-    parameters, want, want_images, gradients = run_theirs(model, output, images, cotangent)
-    copies, wanted = copy(parameters), copy(gradients)
-    assert sum(x.size for x in copies.values()) == sum(x.size for x in parameters.values())
-    got, got_images, got_gradients = run_ours(config, copies, images, cotangent)
+    cotangent = rng.standard_normal((2, config.num_classes or config.width), dtype=np.float32)
+    model = theirs.make()
+    randomise(model)
+    theirs.write(model, tmp_path / "theirs")
+    params = formats.load(tmp_path / "theirs", config)
+    assert formats.sniff(tmp_path / "theirs") == theirs.format
+
+    want, want_images = outcome(theirs, model, images, cotangent)
+    got, gradients, got_images = run_ours(config, params, images, cotangent)
     # What differs is the order of sums. The gradient of the keys' bias is zero but for rounding:
     # softmax does not see it.
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(got_images, want_images, rtol=1e-4, atol=1e-6)
-    for name, gradient in got_gradients.items():
-        same = wanted[name].reshape(gradient.shape)
-        np.testing.assert_allclose(gradient, same, rtol=1e-4, atol=1e-5, err_msg=name)
+
+    formats.save(params, config, tmp_path / "ours" / "model.safetensors", theirs.format)
+    back = theirs.read(tmp_path / "ours" / "model.safetensors")
+    np.testing.assert_array_equal(outcome(theirs, back, images), want)
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.grad)
+    theirs.write(model, tmp_path / "gradients")
+    wanted = formats.load(tmp_path / "gradients", config)
+    for name, x, y in zip(
+        names(gradients), jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True
+    ):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def check_output(theirs, config, tmp_path):
+    """Both directions of a file, and the outputs."""
+    shape = (2, *config.image_shape, config.channels)
+    images = np.random.default_rng(1).standard_normal(shape, dtype=np.float32)
+    model = theirs.make()
+    randomise(model)
+    theirs.write(model, tmp_path / "theirs")
+    params = formats.load(tmp_path / "theirs", config)
+    want = outcome(theirs, model, images)
+    graph = graph_of(config)
+    run = jax.jit(lambda p, x: nnx.merge(graph, p)(x), compiler_options=quick())
+    np.testing.assert_allclose(run(params, jnp.asarray(images)), want, rtol=1e-5, atol=1e-5)
+    formats.save(params, config, tmp_path / "ours" / "model.safetensors", theirs.format)
+    back = theirs.read(tmp_path / "ours" / "model.safetensors")
+    np.testing.assert_array_equal(outcome(theirs, back, images), want)
+    return params, images, want
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["separate", "fused"])
 @pytest.mark.parametrize("kind", ["rms", "ln"])
-def test_the_parallel_vit_is_that_of_timm(timm, kind, fused):
+def test_the_parallel_vit_is_that_of_timm(timm, kind, fused, tmp_path):
     """The whole graph of ViT-22B: QK norm, no biases in norms and query, key, value, pooling."""
     import torch
 
-    theirs = timm.models.vision_transformer
     norms = {
         "rms": functools.partial(timm.layers.RmsNorm, eps=EPSILON),
         "ln": functools.partial(torch.nn.LayerNorm, eps=EPSILON, bias=False),
@@ -255,23 +191,42 @@ def test_the_parallel_vit_is_that_of_timm(timm, kind, fused):
         activation="gelu",
         epsilon=EPSILON,
     )
-    model = theirs.VisionTransformer(
-        img_size=config.image_size,
-        patch_size=config.patch_size,
-        num_classes=config.num_classes,
-        embed_dim=config.width,
-        depth=config.depth,
-        num_heads=config.heads,
-        mlp_ratio=config.mlp_dim / config.width,
-        block_fn=functools.partial(theirs.ParallelScalingBlock, fuse_out_proj=fused),
+    block = timm.models.vision_transformer.ParallelScalingBlock
+    theirs = Timm(
+        timm,
+        config,
+        block_fn=functools.partial(block, fuse_out_proj=fused),
         qk_norm=True,
         qkv_bias=False,
-        class_token=False,
         global_pool="map",
         norm_layer=norms[kind],
         act_layer=torch.nn.GELU,
     )
-    check(config, model, from_timm)
+    check_gradients(theirs, config, tmp_path)
+
+
+@pytest.mark.parametrize("pool", ["cls", "gap"])
+def test_the_standard_vit_is_that_of_timm(timm, pool, tmp_path):
+    """The one that most of timm's weights are of; its mean is of normed tokens as ours."""
+    config = vit.Config(
+        **SIZES, image_size=32, num_classes=10, pool=pool, activation="gelu", epsilon=1e-6
+    )
+    options = {"global_pool": "token"} if pool == "cls" else {"global_pool": "avg"}
+    check_output(Timm(timm, config, fc_norm=False, **options), config, tmp_path)
+
+
+@pytest.mark.parametrize("pool", ["cls", "map"])
+def test_timm_reads_our_npz_as_big_visions(timm, pool, tmp_path):
+    """timm has a reader of big_vision's files of its own."""
+    config = vit.Config(
+        **SIZES, image_size=32, num_classes=10, pool=pool, activation="gelu_tanh", epsilon=1e-6
+    )
+    options = {"global_pool": {"cls": "token", "map": "map"}[pool], "act_layer": "gelu_tanh"}
+    theirs = Timm(timm, config, **options)
+    params, images, want = check_output(theirs, config, tmp_path)
+    formats.save(params, config, tmp_path / "model.npz", "bigvision")
+    back = theirs.read(tmp_path / "model.npz")
+    np.testing.assert_array_equal(outcome(theirs, back, images), want)
 
 
 def hub_sizes(config):
@@ -287,25 +242,77 @@ def hub_sizes(config):
     }
 
 
-def test_the_standard_vit_is_siglips():
+@pytest.fixture(scope="module")
+def transformers(timm):
+    """The module, which imports torchvision too: `timm` has made that possible."""
+    module = pytest.importorskip("transformers")
+    module.utils.logging.disable_progress_bar()
+    return module
+
+
+SIGLIP = vit.Config(**SIZES, image_size=32, num_classes=None, epsilon=EPSILON)
+
+
+def test_the_standard_vit_is_siglips(transformers, tmp_path):
     """Attention pooling and the approximate GELU."""
-    pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    config = vit.Config(**SIZES, image_size=32, num_classes=None, epsilon=EPSILON)
-    model = transformers.SiglipVisionModel(
-        transformers.SiglipVisionConfig(**hub_sizes(config), hidden_act="gelu_pytorch_tanh")
+    sizes = transformers.SiglipVisionConfig(**hub_sizes(SIGLIP), hidden_act="gelu_pytorch_tanh")
+    theirs = Transformers(
+        transformers.SiglipVisionModel, sizes, lambda y: y.pooler_output, "siglip"
     )
-    check(config, model, from_siglip, lambda y: y.pooler_output)
+    check_gradients(theirs, SIGLIP, tmp_path)
+    assert formats.config_of(tmp_path / "theirs", dtype="float32") == SIGLIP
+    assert formats.config_of(tmp_path / "ours", dtype="float32") == SIGLIP
 
 
-def test_the_standard_vit_with_a_class_token_is_that_of_transformers():
+def test_the_tower_of_a_whole_siglip(transformers, tmp_path):
+    """The text tower is passed over, and the classifier takes the mean of the tokens."""
+    vision = {**hub_sizes(SIGLIP), "hidden_act": "gelu_pytorch_tanh"}
+    text = {"hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 32,
+            "num_attention_heads": 4, "vocab_size": 9, "bos_token_id": 1,
+            "eos_token_id": 2, "projection_size": 64}  # fmt: skip
+    whole = transformers.SiglipModel(
+        transformers.SiglipConfig(text_config=text, vision_config=vision)
+    )
+    randomise(whole)
+    whole.save_pretrained(tmp_path / "whole")
+    tower = Transformers(transformers.SiglipVisionModel, None, None, "siglip")
+    tower.write(whole.vision_model, tmp_path / "tower")
+    got, want = (formats.load(tmp_path / folder, SIGLIP) for folder in ("whole", "tower"))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+    config = vit.Config(**SIZES, image_size=32, num_classes=10, pool="gap", epsilon=EPSILON)
+    sizes = transformers.SiglipConfig(
+        text_config=text, vision_config=vision | {"vision_use_head": False}, num_labels=10
+    )
+    kind = transformers.SiglipForImageClassification
+    check_output(
+        Transformers(kind, sizes, lambda y: y.logits, "siglip"), config, tmp_path / "classifier"
+    )
+
+
+@pytest.mark.parametrize("classes", [None, 10])
+def test_the_standard_vit_with_a_class_token_is_that_of_transformers(
+    transformers, classes, tmp_path
+):
     """The exact GELU, and the epsilon that is usual there."""
-    pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
     config = vit.Config(
-        **SIZES, image_size=(32, 48), num_classes=None, pool="cls", activation="gelu", epsilon=1e-12
+        **SIZES,
+        image_size=(32, 48),
+        num_classes=classes,
+        pool="cls",
+        activation="gelu",
+        epsilon=1e-12,
     )
-    model = transformers.ViTModel(
-        transformers.ViTConfig(**hub_sizes(config), hidden_act="gelu"), add_pooling_layer=False
-    )
-    check(config, model, from_vit, lambda y: y.last_hidden_state[:, 0])
+    labels = {} if classes is None else {"num_labels": classes}
+    sizes = transformers.ViTConfig(**hub_sizes(config), hidden_act="gelu", **labels)
+    if classes is None:
+        kind, output = transformers.ViTModel, lambda y: y.last_hidden_state[:, 0]
+        theirs = Transformers(kind, sizes, output, "transformers_vit", add_pooling_layer=False)
+        check_gradients(theirs, config, tmp_path)
+    else:
+        kind = transformers.ViTForImageClassification
+        check_output(
+            Transformers(kind, sizes, lambda y: y.logits, "transformers_vit"), config, tmp_path
+        )
+    assert formats.config_of(tmp_path / "theirs", dtype="float32") == config
+    assert formats.config_of(tmp_path / "ours", dtype="float32") == config

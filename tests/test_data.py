@@ -1,11 +1,14 @@
 """What a training step sees: which samples, moved how far, and the same whoever asks."""
 
 import collections
+import hashlib
+import pathlib
 
 import numpy as np
 import pytest
 
 from models import data
+from models.data import epochs
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +37,41 @@ def test_no_image_is_on_both_sides(digits):
     assert not train & test
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
 @pytest.mark.parametrize("samples, batch", [(10, 5), (10, 4), (7, 16), (1437, 240)])
-def test_each_sample_once_per_epoch(samples, batch):
+def test_each_sample_once_per_epoch(monkeypatch, samples, batch, in_memory):
     """Also where the batch does not divide the samples, or is larger than an epoch."""
-    epochs = 4
-    steps = -(-epochs * samples // batch)
+    if not in_memory:
+        monkeypatch.setattr(epochs, "IN_MEMORY", 0)
+    count = 4
+    steps = -(-count * samples // batch)
     stream = np.concatenate([data.order(samples, batch, seed=3, step=i) for i in range(steps)])
-    parts = stream[: epochs * samples].reshape(epochs, samples)
+    parts = stream[: count * samples].reshape(count, samples)
     for part in parts:
         assert sorted(part) == list(range(samples))
-    assert len({part.tobytes() for part in parts}) == epochs, "two epochs have the same order"
+    assert len({part.tobytes() for part in parts}) == count, "two epochs have the same order"
+
+
+def test_more_samples_than_fit_into_memory_have_an_order_too():
+    """As many as JFT-4B has, of which a step asks for a few."""
+    found = data.order(4_000_000_000, 8, seed=0, step=10**8)
+    assert found.shape == (8,) and len(set(found.tolist())) == 8
+    assert (found >= 0).all() and (found < 4_000_000_000).all()
+    np.testing.assert_array_equal(found[3:], data.order(4_000_000_000, 8, seed=0, step=10**8)[3:])
+    with pytest.raises(ValueError, match="5000000000 samples cannot be ordered"):
+        data.order(5_000_000_000, 8, seed=0, step=0)
+
+
+def test_the_digits_stay_what_they_were(digits):
+    """Their order, shifts and pixels: curves of earlier runs can be compared with later ones."""
+
+    def short(array):
+        return hashlib.sha256(array.tobytes()).hexdigest()[:8]
+
+    found = data.order(1437, 120, seed=0, step=13)
+    assert (found[:6].tolist(), short(found)) == ([1194, 1290, 794, 934, 27, 26], "cbdbfafc")
+    batch = data.train_batch(digits[0], 120, data.Augment(1, 0.5), seed=3, step=13)
+    assert short(batch["image"]) == "7e50c052"
 
 
 def test_a_batch_is_a_function_of_seed_and_step(digits):
@@ -96,18 +124,58 @@ def test_the_share_of_images_that_move(digits):
     assert share == pytest.approx(0.25 * 8 / 9, abs=0.03)
 
 
-@pytest.mark.parametrize("changes", [{"pixels": -1}, {"share": 1.5}])
+@pytest.mark.parametrize(
+    "changes", [{"pixels": -1}, {"share": 1.5}, {"area": (0.5, 0.1)}, {"aspect": (0.0, 1.0)}]
+)
 def test_no_such_augmentation(changes):
     with pytest.raises(ValueError, match=f"{next(iter(changes))}="):
         data.Augment(**changes)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"held_out": 1},
+        {"samples": 0},
+        {"targets": 0},
+        {"threads": 0},
+        {"workers": -1},
+        {"mixup": -0.1},
+        {"central": 0.0},
+    ],
+)
+def test_no_such_data(changes):
+    with pytest.raises(ValueError, match=f"{next(iter(changes))}="):
+        data.Data(**changes)
+
+
 def test_evaluation_sees_each_image_once(digits):
     """The rows that fill up the last batch are labelled as no class."""
-    batches = list(data.eval_batches(digits[1], 112))
+    batches = list(data.eval_batches(digits[1], data.Data(), 112))
     assert {batch["image"].shape for batch in batches} == {(112, 8, 8, 1)}
     labels = np.concatenate([batch["label"] for batch in batches])
     images = np.concatenate([batch["image"] for batch in batches])
     np.testing.assert_array_equal(labels[:360], digits[1].labels)
     np.testing.assert_array_equal(images[:360], digits[1].images)
     assert set(labels[360:]) == {data.PADDING} and len(labels) == 448
+    index = np.concatenate([batch["index"] for batch in batches])
+    assert index.tolist() == list(range(360)) + [data.PADDING] * 88
+
+
+@pytest.mark.parametrize("source", ["digits", "synthetic"])
+def test_a_path_that_the_source_does_not_read_is_refused(source):
+    """Or else a run would train on other images than it was given."""
+    config = data.Data(source, path=pathlib.Path("photographs"))
+    with pytest.raises(
+        ValueError, match=f"path=photographs means nothing to the source '{source}'"
+    ):
+        data.splits(config, image_shape=(8, 8), channels=1, classes=10, seed=0)
+
+
+def test_digits_are_refused_to_a_model_of_other_images():
+    with pytest.raises(ValueError, match="images of 8 x 8 x 1, and the model takes 16 x 16 x 3"):
+        data.splits(data.Data(), image_shape=(16, 16), channels=3, classes=10, seed=0)
+    with pytest.raises(ValueError, match="num_classes=9 are too few: the images have 10 classes"):
+        data.splits(data.Data(), image_shape=(8, 8), channels=1, classes=9, seed=0)
+    with pytest.raises(ValueError, match=r"no source 'digit'.*did you mean 'digits'"):
+        data.splits(data.Data("digit"), image_shape=(8, 8), channels=1, classes=9, seed=0)

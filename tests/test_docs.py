@@ -63,12 +63,44 @@ COMMANDS = {
     "python -m bench sockets --json runs/sockets.json": (
         "tests/test_sockets.py::test_a_small_measurement"
     ),
+    "python -m bench data --json runs/data.json": "tests/test_data_throughput.py::test_the_command",
+    "python -m models.configs diff mu digits": (
+        "tests/test_reporting.py::test_configs_are_listed_shown_and_compared"
+    ),
+    "python -m models.configs list": HERE,
+    "python -m models.configs show digits --optim.lr 3e-3": HERE,
+    "python -m models.data.pack photographs shards": (
+        "tests/test_data_records.py::test_the_manifest_says_what_was_packed"
+    ),
+    "python -m models.data.verify shards": (
+        "tests/test_data_records.py::test_verify_names_what_is_damaged"
+    ),
+    "python -m models.features digits --weights runs/digits/weights.safetensors --images digits "
+    "--out runs/features": "tests/test_features.py::test_two_processes_write_what_one_does",
+    "python -m models.stability": "tests/test_stability.py::test_every_combination_is_a_run",
+    "python -m models.train b16_384 --start.path B_16.npz": READER,
     "python -m models.train digits": "tests/test_train.py::test_the_readmes_command",
+    "python -m models.train digits --dry-run": (
+        "tests/test_reporting.py::test_a_dry_run_compiles_for_this_machine_and_leaves_nothing"
+    ),
+    "python -m models.train digits --dry-run v5e:2x4": (
+        "tests/test_reporting.py::test_a_dry_run_predicts_for_a_slice_and_refuses_another_mesh"
+    ),
+    "python -m models.train mu": HERE,
+    "python -m models.train mu --checkpoint.every 50 --steps 100 --out runs/again": (
+        "tests/test_faults.py::test_an_interrupted_run_has_the_chain_of_an_unbroken_one"
+    ),
+    "python -m models.train mu --checkpoint.every 50 --steps 200 --out runs/again": (
+        "tests/test_faults.py::test_an_interrupted_run_has_the_chain_of_an_unbroken_one"
+    ),
     "python -m models.train digits --help": HERE,
     "python -m models.train digits --mesh 1,2,4 --layout features --algorithm bidirectional "
     "--steps 10 --out runs/features": HERE,
     "python -m models.train digits --mesh 1,1,1 --model.dtype bfloat16 --optim.lr 3e-3 "
     "--loss softmax --steps 10 --out runs/bfloat16": HERE,
+    "python -m models.train digits --mesh 1,1,1 --data.source synthetic --data.samples 512 "
+    "--steps 10 --out runs/synthetic": HERE,
+    "python -m models.train stability --model.style.qk-norm None --out runs/unnormed": HERE,
     "ruff check .": CI,
     "ruff format .": READER,
     "ruff format --check .": CI,

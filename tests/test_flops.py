@@ -1,5 +1,6 @@
 """FLOPs from jaxprs: what is counted is exact, what cannot be counted is listed."""
 
+import dataclasses
 import functools
 
 import jax
@@ -14,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from bench.flops import count, count_jaxpr
 from bench.work import closed_form, hardware_work, model_work
 from collective_matmul import Layout, make_mesh
-from models import optim, step, vit
+from models import step, vit
 from models.capture import Capture
 from models.configs.digits import CONFIG
 
@@ -344,17 +345,11 @@ def test_rematerialisation_is_hardware_flops_and_no_model_flops():
 
 def test_nothing_of_a_real_training_step_is_uncounted():
     """Optimiser, schedule, loss and metrics hold no product, and nothing that is not known."""
-    model = nnx.eval_shape(lambda: vit.ViT(CONFIG.model, layout=None, rngs=nnx.Rngs(0)))
-    graph, variables = nnx.split(model)
-    params = nnx.to_pure_dict(variables)
-    moments = jax.eval_shape(optim.optimizer(CONFIG.optim, CONFIG.steps).init, params)
-    state = step.State(shape(dtype=jnp.int32), params, moments)
+    graph, state = step.abstract(dataclasses.replace(CONFIG, batch=16), None)
     batch = {"image": shape(16, 8, 8, 1), "label": shape(16, dtype=jnp.int32)}
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    places = jax.tree.map(lambda _: here, params)
-    update = functools.partial(step.train_step, graph=graph, config=CONFIG, places=places)
+    update = functools.partial(step.train_step, graph=graph, config=CONFIG, places=None)
     counted = count(update, state, batch)
-    forward = count(lambda p, x: nnx.merge(graph, p)(x), params, batch["image"])
+    forward = count(lambda p, x: nnx.merge(graph, p)(x), state.params, batch["image"])
     embedding = 2 * 16 * 16 * CONFIG.model.patch_dim * CONFIG.model.width
     assert counted.flops == model_work(forward).flops - embedding
     assert not counted.uncounted and not counted.remarks

@@ -1,7 +1,6 @@
 """Predictions: refusals are read, programs are the real ones, tables say who wins."""
 
 import dataclasses
-import importlib.util
 import json
 import math
 
@@ -18,14 +17,10 @@ from bench.predicted.slices import chip_of, tpu_slice
 from bench.record import load
 from collective_matmul import Layout, algorithms, make_mesh
 from models.config import Config
-from models.data import Augment
 from models.optim import Optim
 from models.vit import variant
 
-needs_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="libtpu, the TPU compiler, is not installed",
-)
+from .helpers import needs_compiler
 
 REFUSAL = (
     "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
@@ -57,7 +52,7 @@ def test_the_largest_buffers_are_read():
 def small(mesh, batch=16):
     """A ViT that compiles in seconds, and its mesh's sizes."""
     model = variant("mu/14", image_size=28, depth=1, num_classes=8, pool="gap", remat="full")
-    return Config(model=model, optim=Optim(), steps=10, batch=batch, augment=Augment(), mesh=mesh)
+    return Config(model=model, optim=Optim(), steps=10, batch=batch, mesh=mesh)
 
 
 @needs_compiler
@@ -78,8 +73,7 @@ def test_a_training_step_is_predicted(tmp_path):
     assert "predicted for 4 x v5e" in told and "MFU" in told and "accuracy" in told
     json.dumps(found.as_dict())
     figures.comparison(comparison.as_dicts([found]), tmp_path / "bars.png", "a title")
-    figures.sweep([found], tmp_path / "curves.png", "a title")
-    assert (tmp_path / "bars.png").stat().st_size > 5000 < (tmp_path / "curves.png").stat().st_size
+    assert (tmp_path / "bars.png").stat().st_size > 5000
 
 
 def test_model_flops_are_three_forward_passes():

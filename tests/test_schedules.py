@@ -6,7 +6,6 @@ the right operand) on a device.
 """
 
 import functools
-import importlib.util
 from typing import NamedTuple
 
 import pytest
@@ -20,10 +19,9 @@ from collective_matmul.inspect.collectives import collective, wire_bytes
 from collective_matmul.inspect.hlo import parse
 from collective_matmul.inspect.network import Network
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="libtpu is not installed: NO SCHEDULE IS CHECKED (pip install collective-matmul[aot])",
-)
+from .helpers import needs_compiler
+
+pytestmark = needs_compiler
 ALGORITHMS = algorithms.names()
 T, M, K = 4, 8192, 8192  # as `bench.predicted.regression.product` has them
 

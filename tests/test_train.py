@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from collective_matmul import algorithms
-from models import configs, data, devices, metrics, step, train, weights
+from models import configs, data, devices, formats, step, train
 from models.optim import Optim
+from models.reporting import metrics
 from models.vit import VIT_22B, variant
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -49,7 +50,7 @@ def losses(config, updates=5):
     layout = devices.layout_of(config)
     rows = step.rows_held(layout, config.batch)
     images = data.digits()[0]
-    batch = data.train_batch(images, config.batch, config.augment, seed=0, step=0, rows=rows)
+    batch = data.train_batch(images, config.batch, config.data.augment, seed=0, step=0, rows=rows)
     batch = step.place(batch, layout)
     graph, state = step.create(config, layout)
     train_step = step.compile_training(graph, config, state, batch)
@@ -107,7 +108,7 @@ def small_run(out, **changes):
 def finished(tmp_path_factory):
     """A short run through the whole of the trainer: its config, and the accuracy it returned."""
     config = small_run(tmp_path_factory.mktemp("runs") / "short")
-    return config, train.train(config)
+    return config, train.train(config).accuracy
 
 
 def test_the_loss_falls(finished):
@@ -139,23 +140,24 @@ def test_the_weights_are_an_ordinary_checkpoint_that_gives_the_same_answers(fini
     config, accuracy = finished
     alone = dataclasses.replace(config, mesh=(1, 1, 1), seed=1)
     graph, state = step.create(alone, None)
-    params = weights.load(config.out / "weights.safetensors", state.params)
+    params = formats.load(config.out / "weights.safetensors", config.model, state.params)
     assert params["encoder"]["blocks"]["mlp"]["up"]["kernel"].shape == (2, 32, 64)
     test_images = data.digits()[1]
-    (batch,) = data.eval_batches(test_images, len(test_images))
+    (batch,) = data.eval_batches(test_images, data.Data(), len(test_images))
     _, correct, count = step.eval_step(params, step.place(batch, None), graph=graph, config=alone)
     assert abs(float(correct) - accuracy * float(count)) <= 1, "more than a tie differs"
 
 
 def test_weights_of_another_model_are_refused(finished):
-    path = finished[0].out / "weights.safetensors"
-    like = weights.load(path, step.create(finished[0], devices.layout_of(finished[0]))[1].params)
+    model, path = finished[0].model, finished[0].out / "weights.safetensors"
+    params = step.create(finished[0], devices.layout_of(finished[0]))[1].params
+    like = formats.load(path, model, params)
     like["head"]["kernel"] = np.zeros((32, 11), np.float32)
     with pytest.raises(ValueError, match=r"head.kernel is float32\(32, 10\).*float32\(32, 11\)"):
-        weights.load(path, like)
+        formats.load(path, model, like)
     del like["head"]
     with pytest.raises(ValueError, match=r"head.bias has no place in the model, and 1 more"):
-        weights.load(path, like)
+        formats.load(path, model, like)
 
 
 def test_the_curves_are_a_picture(finished):
@@ -204,7 +206,7 @@ def test_the_abstract_state_is_the_state_without_its_numbers(cut_three_ways):
 def test_a_step_moves_everything_by_the_lanes(cut_three_ways):
     """Forward and backward, no plain collective gathers or scatters what the layers need."""
     config, graph, state = cut_three_ways
-    batch = data.train_batch(data.digits()[0], config.batch, config.augment, seed=0, step=0)
+    batch = data.train_batch(data.digits()[0], config.batch, config.data.augment, seed=0, step=0)
     places = jax.tree.map(lambda x: x.sharding, state.params)
     jaxpr = jax.make_jaxpr(
         functools.partial(step.train_step, graph=graph, config=config, places=places)

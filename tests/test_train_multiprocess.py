@@ -93,7 +93,7 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_two_processes_have_the_losses_of_one(folder, alone, mesh):
-    from models import metrics
+    from models.reporting import metrics
 
     one, two = (metrics.read(out / "metrics.jsonl") for out in (alone, folder / mesh))
     assert len(one) == len(two) == 3

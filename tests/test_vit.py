@@ -244,9 +244,11 @@ def test_activations_by_name():
     assert found.keys() == {
         "encoded", "embedded", "pool/attention_logits",
         *(f"block_1/{name}" for name in ("query", "key", "value", "attention_logits",
+                                         "attention_logit_max", "attention_entropy",
                                          "attention_output", "mlp_hidden", "output")),
     }  # fmt: skip
     assert found["block_1/attention_logits"].shape == (8, 8, 16, 16)
+    assert found["block_1/attention_entropy"].shape == (8, 8), "of each row and head"
     scores = np.einsum("bqhd,bkhd->bhqk", found["block_1/query"], found["block_1/key"]) / 4**0.5
     close(found["block_1/attention_logits"], scores)
 

@@ -20,10 +20,10 @@ import pytest
 
 from bench.commands import UserError
 from bench.mfu import utilisation
+from bench.predicted.slices import chip_of
 from bench.record import ROOT, Record
 from bench.tables import markdown
 from bench.work import Work
-from collective_matmul import hardware
 from models.devices import simulate
 
 SUITES = ROOT / "bench" / "suites"
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def result_of(timed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The tables of a record, from what pytest-benchmark writes about each item."""
-    chip = hardware.from_device_kind(jax.devices()[0].device_kind)
+    chip = chip_of(jax.devices())
     suites: dict[str, list[dict[str, Any]]] = {}
     sentences: dict[str, None] = {}
     for item in timed:

@@ -14,19 +14,19 @@ from typing import Any, Literal
 
 import tyro
 
+from bench import plots, predicted_tables
 from bench.commands import UserError
 from bench.predicted import baselines, figures
 from bench.predicted.baselines import Baseline
 from bench.predicted.comparison import Row, as_dicts, compare, table, tell, winner
+from bench.predicted.keeping import keep
 from bench.predicted.prediction import Prediction, accuracy, predict
 from bench.predicted.programs import Program, training_step
 from bench.predicted.slices import chip_of, compile_only, tpu_slice
-from bench.record import Record
 from collective_matmul import make_mesh
 from collective_matmul.mesh import AXES
 from models import vit
 from models.config import Config
-from models.data import Augment
 from models.optim import Optim
 
 MODELS = {"vit_22b": "22B/14"}
@@ -105,7 +105,7 @@ def _single(asked: Options, devices: Any, sizes: tuple[int, int, int]) -> int:
     found = predict(name, program)
     print(found)
     if asked.out:
-        _write(asked, "predict", {"prediction": found.as_dict()}, found)
+        _keep(asked, "predict", {"prediction": found.as_dict()}, found)
     return 0 if found.failure is None else 1
 
 
@@ -117,7 +117,7 @@ def _compare(
     print(f"{title}\n\n{table(found)}\n\naccuracy: {accuracy(chip_of(devices))}")
     if asked.out:
         best = winner(found)
-        _write(asked, "compare", {"rows": as_dicts(found)}, best)
+        _keep(asked, "compare", {"rows": as_dicts(found)}, best)
         figures.comparison(as_dicts(found), asked.out / "compare.png", title)
     return 0 if winner(found) else 1
 
@@ -135,9 +135,10 @@ def _sweep(
     print(f"accuracy: {accuracy(chip_of(devices))}")
     if asked.out:
         result = {"batches": {str(images): as_dicts(each) for images, each in found.items()}}
-        _write(asked, "sweep", result, None)
-        every = [row for each in found.values() for row in each]
-        figures.sweep(every, asked.out / "sweep.png", _title(asked, devices))
+        _keep(asked, "sweep", result, None)
+        (table_of_all,) = predicted_tables.tables(result)
+        for plot in table_of_all["plots"]:
+            plots.draw(plot, asked.out / "sweep.png", _title(asked, devices))
     return 0
 
 
@@ -158,7 +159,6 @@ def _program(asked: Options, devices: Any, sizes: tuple[int, int, int], row: Bas
         optim=Optim(),
         steps=177_000,  # ViT-22B's; the schedule's numbers do not change what is compiled
         batch=_batch(asked, devices),
-        augment=Augment(),
         mesh=(data, fsdp, tensor),
     )
     return training_step(config, layout)
@@ -206,18 +206,7 @@ def _title(asked: Options, devices: Any) -> str:
     )
 
 
-def _write(asked: Options, name: str, result: dict[str, Any], drawn: Prediction | None) -> None:
-    """The JSON, and the timeline and the trace of one of the predictions."""
+def _keep(asked: Options, name: str, result: dict[str, Any], drawn: Prediction | None) -> None:
     assert asked.out is not None
-    options = {key: str(value) for key, value in dataclasses.asdict(asked).items()}
     chip = chip_of(tpu_slice(asked.topology))
-    result = {"options": options, "accuracy": accuracy(chip), **result}
-    paths = [Record("predicted", "predict", chip.name, result).save(asked.out / f"{name}.json")]
-    if drawn is not None and drawn.report is not None:
-        for write, file in (
-            (drawn.report.draw, "timeline.png"),
-            (drawn.report.trace, "trace.json"),
-        ):
-            write(asked.out / file)
-            paths.append(asked.out / file)
-    tell(f"wrote {', '.join(map(str, paths))}")
+    keep(asked.out, name, command="predict", options=asked, chip=chip, result=result, drawn=drawn)

@@ -16,15 +16,16 @@ import tyro
 from jax.sharding import Mesh
 
 from bench.commands import UserError
+from bench.plans import plan_name, plans
 from bench.predicted.baselines import XLA_COLLECTIVE_MATMUL
-from bench.predicted.comparison import Failure, Row, aligned, as_dicts, tell
+from bench.predicted.comparison import Failure, Row, aligned, as_dicts, tell, tried
 from bench.predicted.compiling import Options as CompilerOptions
+from bench.predicted.keeping import keep
 from bench.predicted.operations import Product
-from bench.predicted.prediction import Prediction, accuracy, predict
+from bench.predicted.prediction import Prediction, accuracy
 from bench.predicted.programs import Program
 from bench.predicted.slices import chip_of, compile_only, tpu_slice
-from bench.record import Record
-from collective_matmul import algorithms, backends, make_mesh
+from collective_matmul import make_mesh
 
 BARE, CHOSEN, XLA = "bare product", "None", "unfused + XLA"
 HEADS = (
@@ -89,31 +90,31 @@ def main(arguments: Sequence[str]) -> int:
     print(_verdict(rows, best))
     print(f"accuracy: {accuracy(chip)}\n\n{told}")
     if asked.out:
-        _write(asked, rows, best)
+        keep(
+            asked.out,
+            "predict-op",
+            command="predict-op",
+            options=asked,
+            chip=chip,
+            result={"rows": as_dicts(rows)},
+            drawn=best,
+        )
     return 0 if best else 1
 
 
 def _rows(product: Product, mesh: Mesh) -> Iterator[Row]:
     """The bare product, what None chooses, and every way that can be named."""
-    decomposing = [name for name in backends.names() if backends.get(name).decomposes]
-    plain = [name for name in backends.names() if name not in decomposing]
-    yield _row(BARE, lambda: product.bare(mesh))
-    yield _row(CHOSEN, lambda: product.program(mesh, None, None))
-    for backend in plain:
-        yield _row(backend, functools.partial(product.program, mesh, None, backend))
-    yield _row(XLA, lambda: product.program(mesh, None, "unfused"), XLA_COLLECTIVE_MATMUL)
-    for backend in decomposing:
-        for name in algorithms.names():
-            named = functools.partial(product.program, mesh, name, backend)
-            yield _row(f"{backend} {name}", named)
 
+    def row(name: str, make: Callable[[], Program], options: CompilerOptions | None = None) -> Row:
+        tell(f"{name} ..")
+        return tried(name, make, options)
 
-def _row(name: str, program: Callable[[], Program], options: CompilerOptions | None = None) -> Row:
-    tell(f"{name} ..")
-    try:
-        return predict(name, program(), options)
-    except Exception as error:  # one way that fails must not take the others with it
-        return Failure(name, f"{type(error).__name__}: {error}".partition("\n")[0])
+    yield row(BARE, functools.partial(product.bare, mesh))
+    yield row(CHOSEN, functools.partial(product.program, mesh, None, None))
+    yield row(XLA, functools.partial(product.program, mesh, None, "unfused"), XLA_COLLECTIVE_MATMUL)
+    for backend, algorithm in plans():
+        make = functools.partial(product.program, mesh, algorithm, backend)
+        yield row(plan_name(backend, algorithm), make)
 
 
 def _best(rows: Sequence[Row]) -> Prediction | None:
@@ -173,18 +174,3 @@ def _title(asked: Options, devices: int) -> str:
         f"{asked.dtype}, over {asked.axis_size} of {devices} devices of {asked.topology}, {what}: "
         "predicted"
     )
-
-
-def _write(asked: Options, rows: Sequence[Row], best: Prediction | None) -> None:
-    assert asked.out is not None
-    chip = chip_of(tpu_slice(asked.topology))
-    options = {key: str(value) for key, value in dataclasses.asdict(asked).items()}
-    result = {"options": options, "accuracy": accuracy(chip), "rows": as_dicts(rows)}
-    paths = [
-        Record("predicted", "predict-op", chip.name, result).save(asked.out / "predict-op.json")
-    ]
-    if best is not None and best.report is not None:
-        paths += [asked.out / "timeline.png", asked.out / "trace.json"]
-        best.report.draw(paths[1])
-        best.report.trace(paths[2])
-    tell(f"wrote {', '.join(map(str, paths))}")

@@ -17,7 +17,7 @@ from flax import nnx
 
 from bench.flops import count
 from bench.measured.gpu_cases import Case, report
-from bench.work import Work, model_work
+from bench.work import Work, pass_work
 from models.capture import Capture
 from models.encoder import Encoder
 from models.vit import ViT
@@ -39,10 +39,7 @@ def function(case: Case) -> tuple[Callable[..., Any], Any, jax.ShapeDtypeStruct]
 
 def work(case: Case, *, backward: bool) -> Work:
     """Model FLOPs of a pass; a pass forward and backward has 3 times those of the pass forward."""
-    counted = count(*function(case))
-    if backward:
-        return model_work(counted)
-    return Work(counted.flops, "model", f"the forward pass; {counted.convention}")
+    return pass_work(count(*function(case)), backward=backward)
 
 
 def prepare(case: Case, backward: bool) -> tuple[Callable[[], Any], Callable[[Any], Any]]:

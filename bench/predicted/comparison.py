@@ -6,12 +6,13 @@ A way that fails, or does not fit into memory, is a row that says so.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from bench.predicted.baselines import Baseline
-from bench.predicted.compiling import gib
+from bench.predicted.compiling import Options, gib
 from bench.predicted.prediction import Prediction, predict
 from bench.predicted.programs import Program
 
@@ -42,13 +43,24 @@ def compare(rows: Sequence[Baseline], program_of: Callable[[Baseline], Program])
     done: list[Row] = []
     for number, row in enumerate(rows, 1):
         tell(f"[{number}/{len(rows)}] {row.name}: {row.about} ..")
-        try:
-            found: Row = predict(row.name, program_of(row), row.options)
-        except Exception as error:  # one way that fails must not take the others with it
-            found = Failure(row.name, f"{type(error).__name__}: {error}".partition("\n")[0])
+        found = tried(row.name, functools.partial(program_of, row), row.options)
         tell(f"    {_said(found)}")
         done.append(found)
     return done
+
+
+def tried(name: str, make: Callable[[], Program], options: Options | None = None) -> Row:
+    """A way's prediction, or why there is none: one that fails must not take others with it.
+
+    Args:
+      name: of the way.
+      make: makes its program.
+      options: the compiler's, by name.
+    """
+    try:
+        return predict(name, make(), options)
+    except Exception as error:  # whatever jax and the compiler raise
+        return Failure(name, f"{type(error).__name__}: {error}".partition("\n")[0])
 
 
 def tell(text: str) -> None:

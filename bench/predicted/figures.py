@@ -1,4 +1,4 @@
-"""Pictures of predictions: bars of compute and waiting, and MFU over tokens per chip."""
+"""The picture of a comparison: bars of compute and waiting."""
 
 from __future__ import annotations
 
@@ -8,15 +8,11 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
-from bench.predicted.comparison import Row
-from bench.predicted.prediction import Prediction
 from models.files import atomically
 
 COMPUTE, WAITING, COPIES, INK, FAINT = "#3b6ea8", "#d9622b", "#8a8f98", "#2b2d31", "#e3e5e8"
 PARTS = {"compute": COMPUTE, "exposed": WAITING, "copies": COPIES}
-CURVES = ("#d9622b", "#3b6ea8", "#4f9d69", "#8d6cab", "#c2a83e", "#5aa9b8", "#b0506a", "#8a8f98")
 
 
 def comparison(rows: Sequence[Mapping[str, Any]], path: pathlib.Path, title: str) -> None:
@@ -55,40 +51,6 @@ def comparison(rows: Sequence[Mapping[str, Any]], path: pathlib.Path, title: str
     for color, label in zip(PARTS.values(), labels, strict=True):
         ax.barh([0], [0], color=color, label=label)
     ax.legend(loc="upper right", frameon=False, fontsize=9, labelcolor=INK)
-    _save(figure, path)
-
-
-def sweep(rows: Sequence[Row], path: pathlib.Path, title: str) -> None:
-    """MFU over tokens per chip, a curve for each way.
-
-    Args:
-      rows: of all batches.
-      path: the PNG file to make.
-      title: what is written above.
-    """
-    figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
-    ax = _axes(figure, title)
-    ran = [row for row in rows if isinstance(row, Prediction)]
-    for number, name in enumerate(dict.fromkeys(row.name for row in ran)):
-        mine = sorted((row for row in ran if row.name == name), key=lambda x: x.tokens_per_chip)
-        points = [(row.tokens_per_chip, row.mfu) for row in mine if row.mfu is not None]
-        ax.plot(
-            [x for x, _ in points],
-            [y for _, y in points],
-            marker="o",
-            markersize=4.5,
-            linewidth=1.8,
-            linestyle="-" if number < len(CURVES) else "--",
-            color=CURVES[number % len(CURVES)],
-            label=name,
-        )
-    ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    ax.set_ylim(bottom=0.0)
-    ax.set_xlabel("tokens per chip and step", loc="right", fontsize=9, color=INK)
-    ax.set_ylabel("predicted MFU", fontsize=9, color=INK)
-    ax.legend(frameon=False, fontsize=9, labelcolor=INK)
     _save(figure, path)
 
 

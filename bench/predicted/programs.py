@@ -69,7 +69,7 @@ def training_step(config: Config, layout: Layout) -> Program:
     return Program(
         traced=traced,
         mesh=mesh,
-        model=forward_work(config.model, config.batch),
+        model=trained_work(config.model, config.batch),
         hardware=hardware_work(count_jaxpr(traced.jaxpr)),
         dtype=config.model.dtype,
         tokens=config.batch * config.model.grid[0] * config.model.grid[1],
@@ -77,7 +77,7 @@ def training_step(config: Config, layout: Layout) -> Program:
 
 
 @functools.cache
-def forward_work(model: vit.Config, batch: int) -> Work:
+def trained_work(model: vit.Config, batch: int) -> Work:
     """Model FLOPs of a training step: 3 times the forward pass, on one device and without remat.
 
     Args:

@@ -24,7 +24,6 @@ from collective_matmul import Layout, make_mesh
 from collective_matmul.inspect import OverlapReport, overlap_report
 from models import vit
 from models.config import Config
-from models.data import Augment
 from models.optim import Optim
 
 TOLERANCE = 0.02  # relative
@@ -80,7 +79,6 @@ def blocks(chip: str) -> Program:
         optim=Optim(),
         steps=1000,
         batch=8 * len(devices),
-        augment=Augment(),
         mesh=tuple(mesh.devices.shape),
     )
     return training_step(config, Layout(mesh, algorithm="two_way"))

@@ -23,7 +23,6 @@ from bench.predicted.programs import training_step
 from collective_matmul import Layout, make_mesh
 from models import vit
 from models.config import Config
-from models.data import Augment
 from models.optim import Optim
 
 Devices = Sequence[Any]
@@ -161,7 +160,6 @@ def train_step(
         optim=Optim(),
         steps=1000,
         batch=images * len(devices),
-        augment=Augment(),
         mesh=mesh,
     )
     program = training_step(config, Layout(make_mesh(*mesh, devices=devices), **layout))

@@ -13,24 +13,10 @@ import jax.numpy as jnp
 import collective_matmul as cm
 from bench.measured.bounds import Bound, bound
 from bench.predicted.operations import Product
+from bench.predicted.slices import chip_of
 from bench.work import Work
-from collective_matmul import algorithms, backends, hardware
 
 PLAIN = ("unfused", None)  # the plan that all others are compared with
-
-
-def plans() -> list[tuple[str, str | None]]:
-    """Every (backend, algorithm) there is; a backend that does not decompose has None."""
-    return [
-        (backend, algorithm)
-        for backend in backends.names()
-        for algorithm in (algorithms.names() if backends.get(backend).decomposes else (None,))
-    ]
-
-
-def plan_name(backend: str, algorithm: str | None) -> str:
-    """A plan in a word or two."""
-    return f"{backend} {algorithm}" if algorithm else backend
 
 
 def axis_sizes(*, quick: bool) -> list[int]:
@@ -64,7 +50,7 @@ class Problem:
 
     def bound(self) -> Bound | None:
         """The least time on the devices there are, or None where they have no peak."""
-        chip = hardware.from_device_kind(jax.devices()[0].device_kind)
+        chip = chip_of(jax.devices())
         told = self.product.explained(self.t, chip)
         return bound(told, self.work().flops / self.t, backward=self.product.grad, chip=chip)
 

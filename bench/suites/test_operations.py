@@ -7,8 +7,9 @@ from collections.abc import Callable
 import jax
 import pytest
 
+from bench.plans import plan_name, plans
 from bench.predicted.operations import MODES, Product
-from bench.suites.operations import PLAIN, Problem, axis_sizes, plan_name, plans, program
+from bench.suites.operations import PLAIN, Problem, axis_sizes, program
 
 # m, k, n of a device: a quarter of ViT-22B's MLP, for many tokens and for few; and small ones for
 # simulated devices.

@@ -14,12 +14,13 @@ import pytest
 import collective_matmul as cm
 from bench.flops import count
 from bench.measured.bounds import Bound
-from bench.suites.operations import axis_sizes, plan_name, plans
-from bench.work import Work, model_work
+from bench.plans import plan_name, plans
+from bench.predicted.slices import chip_of
+from bench.suites.operations import axis_sizes
+from bench.work import Work, pass_work
 from collective_matmul import hardware
 from models import step, vit
 from models.config import Config
-from models.data import Augment
 from models.optim import Optim
 
 GSPMD = "gspmd"  # the same arrays by sharding constraints alone; every collective XLA's choice
@@ -51,7 +52,7 @@ def test_step(timed: Callable[..., None], model: str, t: int, schedule: str, tra
         ours = _program(config, t, schedule, trains)
     except (NotImplementedError, ValueError) as reason:  # heads that do not split over t
         pytest.skip(str(reason))
-    chip = hardware.from_device_kind(jax.devices()[0].device_kind)
+    chip = chip_of(jax.devices())
     peak = hardware.peak(chip, config.model.dtype)
     work = _work(config, trains)
     timed(
@@ -84,7 +85,6 @@ def _config(model: str, t: int) -> Config:
         optim=Optim(lr=1e-3, warmup=10, timescale=100, cooldown=10),
         steps=1000,
         batch=8 if on_cpu else IMAGES * t,
-        augment=Augment(pixels=0, share=0.0),
     )
 
 
@@ -136,7 +136,4 @@ def _work(config: Config, trains: bool) -> Work:
         state.params,
         {"image": images, "label": labels},
     )
-    work = model_work(forward)
-    if trains:
-        return work
-    return Work(forward.flops, "model", f"the forward pass; {forward.convention}")
+    return pass_work(forward, backward=trains)

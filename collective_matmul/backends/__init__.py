@@ -7,7 +7,8 @@ A backend is a module with
     gather(op, plan, moved, others) -> tuple of results, one a term
     scatter(op, plan, lhs, rhs) -> this device's shard of the sum of the terms
 
-and must agree with `unfused` on everything that it does not refuse.
+and must agree with `unfused` on everything that it does not refuse. `NAME+checked` is the backend
+NAME, with a column checksum of all that it computes; it runs only where it is named.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Protocol, cast
 
 import jax
 
+from collective_matmul.backends._checked import SUFFIX, Checked
 from collective_matmul.operation import Operation, Plan
 
 
@@ -46,7 +48,8 @@ class Backend(Protocol):
 @functools.cache
 def names() -> tuple[str, ...]:
     """The backends there are, in alphabetical order."""
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+    found = (module.name for module in pkgutil.iter_modules(__path__))
+    return tuple(sorted(name for name in found if not name.startswith("_")))
 
 
 def get(name: str) -> Backend:
@@ -55,6 +58,8 @@ def get(name: str) -> Backend:
     Raises:
       ValueError: if there is none, with the nearest name.
     """
+    if str(name).endswith(SUFFIX):
+        return Checked(get(name.removesuffix(SUFFIX)))
     if name not in names():
         near = difflib.get_close_matches(str(name), names(), n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""

@@ -9,13 +9,15 @@ the plain collective.
     python -m models.train digits
 
 Expected: 98% to 99.5% of the 360 test images, by the seed and by how the machine rounds.
+
+Cost: 1.17e+12 FLOPs of the model (predicted: counted from the jaxpr, not measured).
 """
 
 import math
 import pathlib
 
 from models.config import Config
-from models.data import Augment
+from models.data import Augment, Data
 from models.optim import Optim
 from models.vit import VIT_22B, variant
 
@@ -33,7 +35,7 @@ CONFIG = Config(
     optim=Optim(lr=6e-3, warmup=40, timescale=400, cooldown=400),
     steps=900,
     batch=120,
-    augment=Augment(pixels=1, share=0.5),
+    data=Data(augment=Augment(pixels=1, share=0.5)),
     mesh=(2, 1, 4),
     algorithm="ring",
     backend="xla",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import rich.progress
 from rich.console import Console
@@ -27,13 +27,30 @@ class Progress:
         self.steps = steps
         self.task = bar.add_task("training", total=steps, numbers="")
 
-    def step(self, step: int, loss: float, accuracy: float, rate: float, seconds: float) -> None:
-        """Moves the line: after `step` updates, `rate` images and `seconds` of the last one."""
-        numbers = (
-            f"loss {loss:.4f}  accuracy {accuracy:6.1%}  {rate:,.0f} images/s  "
-            f"{1e3 * seconds:.0f} ms/step"
-        )
-        self.bar.update(self.task, completed=step, numbers=numbers)
+    def step(
+        self, step: int, numbers: Mapping[str, float], rates: Mapping[str, float], waited: float
+    ) -> None:
+        """Moves the line.
+
+        Args:
+          step: how many steps were made.
+          numbers: of the last one: "loss" and "accuracy", and "applied" where it may be 0.
+          rates: as `Speed.rates` gives them.
+          waited: the share of its time that it waited for data.
+        """
+        parts = [
+            f"loss {numbers['loss']:.4f}",
+            f"accuracy {numbers['accuracy']:6.1%}",
+            f"{rates['images_per_second']:,.0f} images/s",
+            f"{rates['tokens_per_second_per_device']:,.0f} tokens/s/device",
+        ]
+        if "mfu" in rates:
+            parts.append(f"MFU {rates['mfu']:.1%}")
+        if waited >= 0.005:
+            parts.append(f"data {waited:.0%}")
+        if not numbers.get("applied", 1.0):
+            parts.append("NOT APPLIED")
+        self.bar.update(self.task, completed=step, numbers="  ".join(parts))
 
     def say(self, text: str) -> None:
         """Leaves a line."""
@@ -45,7 +62,7 @@ def progress(steps: int, *, visible: bool) -> Iterator[Progress]:
     """The line of a run, for as long as the block lasts.
 
     Args:
-      steps: updates in the whole run.
+      steps: steps in the whole run.
       visible: whether this process is the one that speaks.
     """
     console = Console(quiet=not visible)

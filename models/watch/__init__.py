@@ -1,0 +1,1 @@
+"""Watching a run: connecting its processes, and noticing what goes wrong with them."""

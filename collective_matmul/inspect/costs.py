@@ -143,6 +143,8 @@ def moved_bytes(module: Module, instruction: Instruction) -> int:
         part = _read(inside, parameter.name)
         read += _hbm(operand) if part is None else min(part, _hbm(operand))
     root = inside.root
+    while root.opcode in _VIEWS:
+        root = inside.by_name[root.operands[0]]
     if root.opcode == "dynamic-update-slice" and len(root.operands) > 1 and _hbm(instruction):
         return read + inside.by_name[root.operands[1]].bytes
     return read + _hbm(instruction)

@@ -90,6 +90,12 @@ class Config:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if min(self.mesh) < 1:
             raise ValueError(f"mesh={self.mesh}: the sizes must be at least 1; 1,1,1 is one device")
+        saved, compared = self.checkpoint.every, self.watch.replicas_every
+        if saved and compared and saved % compared:
+            raise ValueError(
+                f"watch.replicas_every={compared} does not divide checkpoint.every={saved}: states "
+                "would be saved whose copies were not compared"
+            )
 
     @property
     def devices(self) -> int:

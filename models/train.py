@@ -196,6 +196,7 @@ def train(config: Config) -> Result:
                     marks["params"] = fingerprint.marks(state.params)
                 known = journal.trained(at.step, numbers, marks, waited)
                 verdict = settled(known)
+                ledger.tick(at.step)
 
                 last, leaving = at.step == config.steps, preemption.reached()
                 evaluate = last or at.step % config.evaluate == 0

@@ -77,6 +77,16 @@ COMMANDS = {
     ),
     "python -m models.features digits --weights runs/digits/weights.safetensors --images digits "
     "--out runs/features": "tests/test_features.py::test_two_processes_write_what_one_does",
+    "python -m models.supervise --processes 2 --restarts 10 -- python -m models.train digits "
+    "--checkpoint.every 100": (
+        "tests/test_faults.py::test_a_sigterm_to_one_of_two_processes_saves_and_loses_nothing"
+    ),
+    "python -m models.supervise --processes 2 --restarts 100 --healthy 5 --chaos 20 -- python -m "
+    "models.train digits --checkpoint.every 25": (
+        "tests/test_faults.py::test_a_run_whose_processes_are_killed_at_random_ends_as_unbroken"
+    ),
+    "python -m models.supervise --restarts 10 -- python -m models.train digits --checkpoint.every "
+    "100": "tests/test_watch.py::test_what_fails_is_started_again",
     "python -m models.stability": "tests/test_stability.py::test_every_combination_is_a_run",
     "python -m models.train b16_384 --start.path B_16.npz": READER,
     "python -m models.train digits": "tests/test_train.py::test_the_readmes_command",

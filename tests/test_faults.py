@@ -28,6 +28,8 @@ from models.reporting.journal import Journal
 from models.watch import status
 from models.watch.config import Watch
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[1]
 PATIENCE = 300  # seconds until a command that hangs is ended
 
@@ -321,7 +323,6 @@ def test_a_sigterm_to_one_of_two_processes_saves_and_loses_nothing(
     assert lines(out, "fingerprint") == lines(two_unbroken, "fingerprint")
 
 
-@pytest.mark.slow_train
 def test_a_run_whose_processes_are_killed_at_random_ends_as_unbroken(
     programs, two_unbroken, tmp_path
 ):

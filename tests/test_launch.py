@@ -21,6 +21,8 @@ from models.supervise import split
 from models.watch import status
 from models.watch.group import free_port
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[1]
 LAUNCH = ROOT / "docs" / "launch"
 PATIENCE = 300  # seconds until a recipe that hangs is ended

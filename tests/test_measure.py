@@ -21,6 +21,8 @@ from bench.record import load
 from bench.suites.operations import Problem, plans, program
 from collective_matmul import algorithms, hardware
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 

@@ -17,6 +17,8 @@ from bench.measured import sockets, sockets_worker
 from bench.measured.sockets_worker import PRODUCTS, compiled, schedules
 from collective_matmul import algorithms
 
+pytestmark = pytest.mark.slow
+
 SIZES = (16, 8, 8)
 
 

@@ -279,7 +279,7 @@ def test_fields_change_from_the_command_line():
     assert config.model == configs.load("digits").model
 
 
-@pytest.mark.slow_train
+@pytest.mark.slow
 def test_the_readmes_command(tmp_path):
     """It trains to the end: at least 97% of the test images, on 2 x 4 devices, by the ring."""
     out = tmp_path / "digits"

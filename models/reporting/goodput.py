@@ -19,6 +19,7 @@ from typing import Any
 
 from models.reporting.metrics import read
 
+EVERY = 5.0  # seconds from one line to the next, at least, where nothing else asks for one
 KINDS = ("start", "restore", "compile", "data", "evaluate", "save")  # the rest is training
 
 
@@ -67,6 +68,7 @@ class Ledger:
         self._before = _lines(path) if path is not None and path.is_file() else []
         self.attempt = max((line["attempt"] for line in self._before), default=0) + 1
         self._began, self._tick = clock(), time.monotonic()
+        self._marked = self._tick
         self._spent = dict.fromkeys(KINDS, 0.0)
         self.resumed = 0
 
@@ -88,8 +90,14 @@ class Ledger:
         self.resumed = step
         self.mark(step)
 
+    def tick(self, step: int) -> None:
+        """Writes down what was spent, where the last line is some time ago."""
+        if time.monotonic() - self._marked >= EVERY:
+            self.mark(step)
+
     def mark(self, step: int) -> None:
         """Writes down what was spent until now, `step` steps being made."""
+        self._marked = time.monotonic()
         if self._path is None:
             return
         line = json.dumps(self._line(step)) + "\n"

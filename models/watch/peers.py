@@ -50,6 +50,7 @@ class Peers:
         patience: float = 15.0,
     ) -> None:
         self.rank, self.processes, self.lost = rank, processes, lost
+        self._quiet = threading.Event()  # who goes now is none of our business
         self._over = threading.Event()
         self._lines: dict[int, socket.socket] = {}
         if rank == 0:
@@ -77,21 +78,22 @@ class Peers:
     ) -> None:
         if error is not None:
             self._thread.join(timeout=SOON)  # it may know whom a collective missed
-        self._over.set()
+        self._quiet.set()
         if error is None:
             for line in list(self._lines.values()):
                 with contextlib.suppress(OSError):
                     line.sendall(BYE)
+        self._over.set()  # not before: lines are closed after it
 
     def _gone(self, rank: int) -> None:
-        if not self._over.is_set():
-            self._over.set()
+        if not self._quiet.is_set():
+            self._quiet.set()
             self.lost(rank)
 
     def _wait(self, line: socket.socket) -> None:
         """Of all but the first: waits for its word, or its end."""
         said = b""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), line:
             while not said.endswith(b"\n") and (more := line.recv(LINE)):
                 said += more
         if said.startswith(LOST):
@@ -101,7 +103,7 @@ class Peers:
 
     def _listen(self, listener: socket.socket) -> None:
         """Of the first: who comes, and who goes."""
-        with selectors.DefaultSelector() as selector:
+        with selectors.DefaultSelector() as selector, listener:
             selector.register(listener, selectors.EVENT_READ, None)
             while not self._over.is_set():
                 for key, _ in selector.select(timeout=1.0):
@@ -110,6 +112,9 @@ class Peers:
                         selector.register(line, selectors.EVENT_READ, line)
                     elif not self._hears(key.data):
                         selector.unregister(key.fileobj)
+                        key.data.close()
+            for line in self._lines.values():
+                line.close()
 
     def _hears(self, line: socket.socket) -> bool:
         """Takes what a process says: first its rank. Returns whether it stays."""
@@ -121,12 +126,11 @@ class Peers:
             # A stranger that found the port says no rank, and is not listened to.
             number = said.strip()
             if not (number.isdigit() and 0 < int(number) < self.processes):
-                line.close()
                 return False
             self._lines[int(number)] = line
             return True
         del self._lines[rank]
-        if said != BYE and not self._over.is_set():
+        if said != BYE and not self._quiet.is_set():
             for other in self._lines.values():
                 with contextlib.suppress(OSError):
                     other.sendall(LOST + f"{rank}\n".encode())

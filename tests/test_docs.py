@@ -110,7 +110,9 @@ COMMANDS = {
     "--loss softmax --steps 10 --out runs/bfloat16": HERE,
     "python -m models.train digits --mesh 1,1,1 --data.source synthetic --data.samples 512 "
     "--steps 10 --out runs/synthetic": HERE,
-    "python -m models.train stability --model.style.qk-norm None --out runs/unnormed": HERE,
+    "python -m models.train stability --model.style.qk-norm None --out runs/unnormed": (
+        "tests/test_stability.py::test_every_combination_is_a_run"
+    ),
     "ruff check .": CI,
     "ruff format .": READER,
     "ruff format --check .": CI,

@@ -16,9 +16,10 @@ from bench.commands import gpu as gpu_command
 from bench.commands.measure import result_of
 from bench.measured import gpu, gpu_cases, timing
 from bench.measured.bounds import bound
+from bench.plans import plans
 from bench.predicted.operations import MODES, Product
 from bench.record import load
-from bench.suites.operations import Problem, plans, program
+from bench.suites.operations import Problem, program
 from collective_matmul import algorithms, hardware
 
 pytestmark = pytest.mark.slow

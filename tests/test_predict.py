@@ -82,7 +82,7 @@ def test_model_flops_are_three_forward_passes():
     d, tokens, f = model.width, 4, model.mlp_dim
     layer = 6 * (4 * d * d + 2 * d * f) + 12 * d * tokens
     once = 6 * model.patch_dim * d
-    found = programs.forward_work(model, 16).flops
+    found = programs.trained_work(model, 16).flops
     assert found == 16 * (tokens * (layer + once) + 6 * d * 8)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench.predicted.programs import forward_work
+from bench.predicted.programs import trained_work
 from models import configs, devices, formats, params, step
 from models.data import splits
 from models.position import resample
@@ -36,7 +36,7 @@ def test_an_experiment_says_where_it_is_from_how_to_run_it_and_what_it_costs(nam
     assert re.search(r"arXiv|Source:|\| from \||public recipe|`vit_22b_384`", doc)
     config = configs.load(name)
     (cost,) = re.findall(r"^Cost: (\S+) FLOPs of the model \(predicted", doc, re.MULTILINE)
-    work = forward_work(config.model, config.batch).flops * config.steps
+    work = trained_work(config.model, config.batch).flops * config.steps
     assert float(cost) == pytest.approx(work, rel=0.01)
 
 

@@ -130,7 +130,8 @@ def test_each_evaluation_is_a_line(finished):
 def test_every_line_is_json(finished):
     lines = (finished[0].out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     fields = {"step", "loss", "accuracy", "gradient_norm", "learning_rate"}
-    fields |= {"images_per_second", "seconds"}
+    fields |= {"applied", "bad_streak", "skipped"}
+    fields |= {"images_per_second", "tokens_per_second_per_device", "data_wait", "seconds"}
     assert [set(json.loads(line)) for line in lines[:20]] == [fields] * 20
     assert json.loads((finished[0].out / "config.json").read_text())["steps"] == 40
 

@@ -25,6 +25,11 @@ class MapHead(nnx.Module):
     cut, `[b@data, 1, d@tensor]`, whatever the encoder's have. The probe is a parameter that every
     device holds, so its query is made where its heads are: nothing travels.
 
+    Where nobody names how products travel, the head's do by plain collectives. It runs once a step,
+    beside 48 blocks in ViT-22B, and its unrolled hops would be a quarter of what the compiler works
+    on: 142 against 180 s of CPU, for 2 ms of a step of 3.44 s (`python -m bench predict` on
+    v4:8x8x16, mesh 16 x 16 x 4).
+
     Args:
       config: sizes, and the head's style.
       layout: where the encoder's arrays lie, or None for one device.
@@ -35,6 +40,7 @@ class MapHead(nnx.Module):
 
     def __init__(self, config: Config, *, layout: Layout | None, rngs: nnx.Rngs) -> None:
         style = config.head_style
+        layout = _plain(layout)
         own = None if layout is None else dataclasses.replace(layout, activations="features")
         self.probe = nnx.Param(kernel_init(rngs.params(), (1, 1, config.width), jnp.float32))
         self.attention = Attention(config, style, layout=layout, query_layout=own, rngs=rngs)
@@ -64,6 +70,13 @@ class MapHead(nnx.Module):
         if layer.bias is None:
             return query
         return query + layer.bias[...].astype(dtype).reshape(1, 1, *layer.out_features)
+
+
+def _plain(layout: Layout | None) -> Layout | None:
+    """A layout by plain collectives, unless somebody names how products travel."""
+    if layout is None or layout.partitioner == "gspmd" or layout.algorithm or layout.backend:
+        return layout
+    return dataclasses.replace(layout, backend="unfused")
 
 
 def classifier(

@@ -17,6 +17,8 @@ from bench.record import Record, load
 
 from .helpers import needs_compiler
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 

@@ -14,6 +14,8 @@ import collective_matmul as cm
 from collective_matmul import algorithms, backends
 from collective_matmul.backends import xla
 
+pytestmark = pytest.mark.slow
+
 T = 4
 SPECS = [
     ("mk,kn->mn", "gather_lhs", "m"),

@@ -27,10 +27,13 @@ from .checkpointing import (
 )
 
 # Where a write fails, orbax ends its event loop; other writes that then end find it closed.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:(?s)Exception ignored in. None.*Event loop is closed"
-    ":pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(
+        "ignore:(?s)Exception ignored in. None.*Event loop is closed"
+        ":pytest.PytestUnraisableExceptionWarning"
+    ),
+]
 ROUNDS = 20
 
 

@@ -13,6 +13,8 @@ from bench.commands.data import appetite, main
 from models.data import Data
 from models.data.throughput import Rate, alone, photographs, reading, streamed
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def jpegs(tmp_path_factory):

@@ -22,6 +22,8 @@ from models.arrays.tree import abstract
 from models.data import Data, digits, splits
 from models.features import __main__ as command
 
+pytestmark = pytest.mark.slow
+
 MODEL = vit.variant("mu/2", width=32, mlp_dim=64, image_size=8, channels=1, num_classes=10,
                     parallel=True, style=vit.VIT_22B, dtype="float32")  # fmt: skip
 ROOT = pathlib.Path(__file__).parents[1]

@@ -23,6 +23,8 @@ from jax.sharding import PartitionSpec as P
 import collective_matmul as cm
 from collective_matmul import algorithms
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[1]
 PATIENCE = 240  # seconds until processes that hang are ended
 B, S, D, F = 2, 16, 6, 16

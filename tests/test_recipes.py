@@ -15,6 +15,8 @@ from models.data import splits
 from models.position import resample
 from models.start import Start
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[1]
 PUBLISHED = {  # millions of parameters of the encoder, or of its products for 22B
     "s16": ("encoder", 22),

@@ -14,6 +14,8 @@ from models.stability import __main__ as command
 from models.stability.figure import draw
 from models.stability.sweep import sweep
 
+pytestmark = pytest.mark.slow
+
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 RUNS = json.loads((DOCS / "stability.json").read_text(encoding="utf-8"))
 BASE = configs.load("stability")

@@ -19,6 +19,8 @@ from models.optim import Optim
 from models.reporting import metrics
 from models.vit import VIT_22B, variant
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[1]
 MESHES = [(2, 1, 4), (2, 1, 2), (1, 1, 8), (1, 2, 4)]
 LAYOUTS = ["tokens", "features"]
@@ -280,7 +282,6 @@ def test_fields_change_from_the_command_line():
     assert config.model == configs.load("digits").model
 
 
-@pytest.mark.slow
 def test_the_readmes_command(tmp_path):
     """It trains to the end: at least 97% of the test images, on 2 x 4 devices, by the ring."""
     out = tmp_path / "digits"

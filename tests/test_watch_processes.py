@@ -16,6 +16,8 @@ import time
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[1]
 PATIENCE = 120  # seconds until something that should happen counts as not happening
 

@@ -16,6 +16,8 @@ from collective_matmul import make_mesh
 from models import accumulate, configs, devices, step
 from models.optim import Optim
 
+pytestmark = pytest.mark.slow
+
 BATCH = 16
 CONFIG = dataclasses.replace(
     configs.load("digits"),

@@ -18,6 +18,8 @@ from collective_matmul import hardware
 
 from .helpers import needs_compiler
 
+pytestmark = pytest.mark.slow
+
 COUNTED = [point for point in POINTS if point.program]
 
 

@@ -17,6 +17,8 @@ from models.data.catalogue import catalogue, flattened
 from models.data.images import Sample
 from models.data.pictures import image, resized
 
+pytestmark = pytest.mark.slow
+
 
 def encoded(pixels, kind="PNG", **options):
     file = io.BytesIO()

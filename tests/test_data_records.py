@@ -17,6 +17,8 @@ from PIL import Image
 from models import data
 from models.data import Data, manifest, pack, verify
 
+pytestmark = pytest.mark.slow
+
 SHARD = "images-00001-of-00003.array_record"  # holds samples 8 to 15
 
 

@@ -17,6 +17,8 @@ import pytest
 from models import data
 from models.data import Augment, Data
 
+pytestmark = pytest.mark.slow
+
 SMALL = Data("synthetic", samples=40)
 SHAPE = {"image_shape": (6, 8), "channels": 3, "classes": 5, "seed": 0}
 

@@ -14,6 +14,8 @@ import pytest
 
 import collective_matmul
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()

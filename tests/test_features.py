@@ -98,7 +98,7 @@ def test_features_of_a_mesh(weights, wanted, activations):
 def test_layers_that_are_none(params):
     with pytest.raises(ValueError, match="no activation is called 'block_2/output'; there are"):
         features.Tower(params, MODEL, layers=("block_2/output",))
-    with pytest.raises(ValueError, match="pool/attention_entropy is of the batch as a whole"):
+    with pytest.raises(ValueError, match=r"pool/\w+ is of the batch as a whole"):
         features.Tower(params, MODEL, layers=("pool/*",))
 
 

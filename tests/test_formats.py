@@ -20,6 +20,8 @@ from models import formats, vit
 from models.arrays.tree import abstract, names
 from models.position import resample
 
+pytestmark = pytest.mark.slow
+
 TINY = vit.Config(width=32, depth=2, mlp_dim=64, heads=4, patch_size=4, image_size=16,
                   num_classes=10, dtype="float32")  # fmt: skip
 VIT_22B = {"parallel": True, "style": vit.VIT_22B}

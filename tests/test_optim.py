@@ -15,6 +15,8 @@ from models.encoder import REMAT
 from models.loss import classify, counted
 from models.optim import Optim
 
+pytestmark = pytest.mark.slow
+
 RECIPE = Optim(lr=1e-3, warmup=10, timescale=20, cooldown=30)
 
 

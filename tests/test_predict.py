@@ -22,6 +22,8 @@ from models.vit import variant
 
 from .helpers import needs_compiler
 
+pytestmark = pytest.mark.slow
+
 REFUSAL = (
     "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
     "required for HLO temporaries (51.50G) exceeds available HBM (30.75G). HLO module: jit_step."

@@ -18,6 +18,8 @@ from models.reporting.goodput import Ledger
 from models.reporting.speed import Speed
 from models.reporting.work import model_flops
 
+pytestmark = pytest.mark.slow
+
 
 class Full:
     """A sink on a disk that is full from the second record on."""

@@ -12,6 +12,8 @@ from flax import nnx
 from models import configs, devices, statistics, step
 from models.optim import Optim
 
+pytestmark = pytest.mark.slow
+
 BATCH = 8
 CONFIG = dataclasses.replace(
     configs.load("digits"),

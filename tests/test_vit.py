@@ -20,6 +20,8 @@ from models.position import resample
 
 from .helpers import named, permutes, quick
 
+pytestmark = pytest.mark.slow
+
 TINY = {"width": 32, "depth": 2, "mlp_dim": 64, "heads": 8, "patch_size": 4, "image_size": 16,
         "num_classes": 10, "dtype": "float32"}  # fmt: skip
 STANDARD = vit.Config(**TINY)

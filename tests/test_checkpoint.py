@@ -466,12 +466,17 @@ def left_by(path, **owner):
 def test_a_job_on_another_host_that_counts_is_alive(tmp_path):
     """Where the file system carries no locks from host to host."""
     stop = threading.Event()
+    left_by(tmp_path, count=0)
+    size = (tmp_path / "lock").stat().st_size
 
     def count():
-        for number in itertools.count():
-            left_by(tmp_path, count=number)
-            if stop.wait(0.01):
-                return
+        # In place, as a holder does: the file is never empty, and never another one.
+        with open(tmp_path / "lock", "r+b", buffering=0) as file:
+            for number in itertools.count(1):
+                text = json.dumps({"pid": 1, "host": "far", "started": "then", "count": number})
+                os.pwrite(file.fileno(), text.ljust(size).encode(), 0)
+                if stop.wait(0.01):
+                    return
 
     counting = threading.Thread(target=count)
     counting.start()

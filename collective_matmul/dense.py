@@ -8,7 +8,8 @@ the activations lie between layers, and how the collectives run, is one value, a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from collective_matmul.operands import (
     check_product,
     check_split,
 )
+from collective_matmul.per_device import between as device_between
 from collective_matmul.per_device import column_spec, columns, embedding, rows
 
 
@@ -218,12 +220,86 @@ def mlp(
     )
 
 
+def between(
+    x: jax.Array,
+    kernels_in: Arrays,
+    kernels_out: Arrays,
+    operands: Sequence[Any] = (),
+    bias: jax.Array | None = None,
+    *,
+    middle: Callable[..., jax.Array],
+    operand_specs: Callable[[Layout], Sequence[Any]] = lambda _: (),
+    layout: Layout | None,
+    name: str | None = None,
+    check_vma: bool = True,
+) -> jax.Array:
+    """`y = middle(x . [w_1 | w_2 ..], *operands) . [v_1 / v_2 ..] + b`, in one shard_map.
+
+    What a block does between its norm and its sum, where all its kernels in share an x and all its
+    kernels out a sum: one gather, one wide product, what the middle does with it on each device,
+    one product, one scatter. The middle sees the columns of all kernels side by side, and is free
+    to work in place. The backward pass runs it again, from the wide product, which is kept.
+
+    Args:
+      x: [b@data, s@tensor, d] for `"tokens"`, [b@data, s, d@tensor] for `"features"`.
+      kernels_in: [d@fsdp, f@tensor, ...], one or several.
+      kernels_out: [f@tensor, ..., d@fsdp], one or several.
+      operands: what else the middle takes: pytrees of arrays.
+      bias: [d], added once.
+      middle: from [b, s, columns in of one device] and the operands to [b, s, rows out of one
+        device], in the dtype of x. It is called with what one device holds.
+      operand_specs: from the layout to where the operands lie, a pytree of specs for each.
+      layout: where the arrays lie, or None for one device.
+      name: under which `jax.checkpoint` finds the wide product.
+      check_vma: as in `jax.shard_map`; False for a middle that jax cannot type, such as a kernel
+        that it interprets.
+
+    Returns:
+      As x.
+
+    Raises:
+      NotImplementedError: if the layout leaves the collectives to the compiler, which cuts each
+        kernel's columns and has no columns of one device.
+      ValueError, TypeError: as `column_parallel`.
+    """
+    if layout is not None and layout.partitioner == "gspmd":
+        raise NotImplementedError(
+            "partitioner='gspmd' has no middle on one device; use column_parallel and row_parallel"
+        )
+    x, kernels_in, kernels_out = jnp.asarray(x), arrays(kernels_in), arrays(kernels_out)
+    (bias,) = biases_of(bias, ())
+    check_operands((x,), (*kernels_in, *kernels_out), (bias,))
+    for kernel in kernels_in:
+        check_product(x, kernel, 1, None)
+    return _on_mesh(
+        layout,
+        functools.partial(device_between, middle=middle, name=name),
+        {
+            "x": x,
+            "kernels_in": kernels_in,
+            "kernels_out": kernels_out,
+            "operands": tuple(operands),
+            "bias": bias,
+        },
+        lambda at: (
+            at.activation(x.ndim),
+            tuple(at.column_kernel(kernel.ndim) for kernel in kernels_in),
+            tuple(at.row_kernel(kernel.ndim) for kernel in kernels_out),
+            tuple(operand_specs(at)),
+            None if bias is None else at.row_bias(),
+        ),
+        lambda at: at.activation(x.ndim),
+        check_vma,
+    )
+
+
 def _on_mesh(
     layout: Layout | None,
     body: Callable[..., Any],
     arguments: dict[str, Any],
     in_specs: Callable[[Layout], tuple[Any, ...]],
     out_specs: Callable[[Layout], Any],
+    check_vma: bool = True,
 ) -> Any:
     """`body(layout, *arguments)` on every device, sizes checked first; or plainly, on one."""
     values = tuple(arguments.values())
@@ -262,4 +338,5 @@ def _on_mesh(
         in_specs=specs,
         out_specs=out_specs(layout),
         axis_names=axes,
+        check_vma=check_vma,
     )(*values)

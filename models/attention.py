@@ -14,6 +14,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from collective_matmul import Layout, nn
+from models.attend import attend, kernel_for
+from models.attend.pallas_tpu import Kernel
 from models.capture import Capture
 from models.norm import Norm
 from models.vit_config import Config, Style
@@ -69,35 +71,43 @@ class Attention(nnx.Module):
             for _ in range(2)
         ]
         self.query_norm, self.key_norm = map(nnx.data, norms)
+        self.choice = config.attention
 
     def attend(
         self, query: jax.Array, key: jax.Array, value: jax.Array, capture: Capture
     ) -> jax.Array:
-        """Norms, logits, softmax (in float32) and the average of the values.
+        """What `models.attend` makes of the projections, as the config chooses.
 
         Args:
           query: [b@data, q, heads@tensor, head_dim], or [1, q, ...], the same for all rows.
           key, value: [b@data, s, heads@tensor, head_dim].
-          capture: notes query, key, value, attention_logits and attention_output; and of each row
-            and head attention_logit_max, max |logit|, and attention_entropy, the mean over queries
-            of -sum p log p, both [b@data, heads@tensor] float32.
+          capture: notes what `models.attend` names.
 
         Returns:
           [b@data, q, heads@tensor, head_dim], for `out`.
         """
-        query = capture("query", query if self.query_norm is None else self.query_norm(query))
-        key = capture("key", key if self.key_norm is None else self.key_norm(key))
-        value = capture("value", value)
-        logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
-        logits = capture("attention_logits", logits * query.shape[-1] ** -0.5)
-        capture.derived("attention_logit_max", lambda: jnp.max(jnp.abs(logits), axis=(2, 3)))
-        weights = jax.nn.softmax(logits)
-        capture.derived(
-            "attention_entropy",
-            lambda: jnp.mean(jnp.sum(jax.scipy.special.entr(weights), axis=-1), axis=2),
+        return attend(
+            query,
+            key,
+            value,
+            self.norms,
+            choice=self.choice,
+            layout=self.out.layout,
+            capture=capture,
         )
-        weights = weights.astype(value.dtype)
-        return capture("attention_output", jnp.einsum("bhqk,bkhd->bqhd", weights, value))
+
+    @property
+    def norms(self) -> tuple[Norm, Norm] | None:
+        """Of queries and keys."""
+        if self.query_norm is None or self.key_norm is None:
+            return None
+        return self.query_norm, self.key_norm
+
+    def kernel_for(self, query: Any, key: Any, capture: Capture) -> Kernel | None:
+        """The kernel that `attend` would run on arrays of these shapes, or None."""
+        return kernel_for(
+            query, key, self.norms, choice=self.choice, layout=self.out.layout, capture=capture
+        )
 
     def __call__(self, x: jax.Array, capture: Capture) -> jax.Array:
         """Self-attention, from and to `[b@data, s@tensor, d]` or `[b@data, s, d@tensor]`."""

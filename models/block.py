@@ -18,8 +18,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
-from collective_matmul import Layout, nn
+from collective_matmul import Layout, dense, nn
+from collective_matmul.nn.linear import compute_dtype, parameters_of, sum_of
+from models.attend import scales_of
+from models.attend.beside import middle
+from models.attend.pallas_tpu import Kernel
 from models.attention import PRODUCT, Attention, gathered, kernel_init
 from models.capture import Capture
 from models.norm import Norm
@@ -88,12 +93,55 @@ class ParallelBlock(nnx.Module):
     def __call__(self, x: jax.Array, capture: Capture) -> jax.Array:
         """From and to `[b@data, s@tensor, d]` or `[b@data, s, d@tensor]`."""
         attention, mlp = self.attention, self.mlp
+        y = self.norm(x)
+        kernel = self._kernel(y, capture)
+        if kernel is not None:
+            return capture("output", x + self._beside(y, kernel))
         query, key, value, hidden = gathered(
-            self.norm(x), attention.query, attention.key, attention.value, mlp.up
+            y, attention.query, attention.key, attention.value, mlp.up
         )
         heads = attention.attend(query, key, value, capture)
         hidden = mlp.activation(capture("mlp_hidden", hidden))
         return capture("output", x + nn.row((heads, hidden), attention.out, mlp.down))
+
+    def _kernel(self, y: jax.Array, capture: Capture) -> Kernel | None:
+        """The attention's, if all between the two products may lie side by side."""
+        attention, layout = self.attention, self.mlp.up.layout
+        unseen = not any(map(capture.wanted, ("value", "attention_output", "mlp_hidden")))
+        cut = layout is None or layout.partitioner == "shard_map"
+        if attention.query.bias is not None or not (unseen and cut):
+            return None
+        heads = jax.ShapeDtypeStruct((*y.shape[:2], *attention.query.out_features), y.dtype)
+        return attention.kernel_for(heads, heads, capture)
+
+    def _beside(self, y: jax.Array, kernel: Kernel) -> jax.Array:
+        """Attention and MLP by one product in and one out, and nothing put together between."""
+        attention, mlp = self.attention, self.mlp
+        dtype = compute_dtype(y, attention.query, attention.key, attention.value, mlp.up)
+        (query, _), (key, _), (value, _), (up, bias), (out, out_bias), (down, down_bias) = (
+            parameters_of(module, dtype)
+            for module in (
+                attention.query,
+                attention.key,
+                attention.value,
+                mlp.up,
+                attention.out,
+                mlp.down,
+            )
+        )
+        scales = scales_of(attention.norms)
+        return dense.between(
+            y.astype(dtype),
+            (jnp.concatenate((query, key, value), axis=-1), up),
+            (out, down),
+            (bias, scales),
+            sum_of([down_bias, out_bias]),
+            middle=functools.partial(middle, kernel, mlp.activation),
+            operand_specs=lambda at: (at.column_bias(), jax.tree.map(lambda _: P(), scales)),
+            layout=mlp.up.layout,
+            name=PRODUCT,
+            check_vma=not kernel.interpret,
+        )
 
 
 def make_norm(config: Config) -> Norm:

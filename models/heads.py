@@ -43,7 +43,9 @@ class MapHead(nnx.Module):
         layout = _plain(layout)
         own = None if layout is None else dataclasses.replace(layout, activations="features")
         self.probe = nnx.Param(kernel_init(rngs.params(), (1, 1, config.width), jnp.float32))
-        self.attention = Attention(config, style, layout=layout, query_layout=own, rngs=rngs)
+        # One query an image is no self-attention, which is what the kernels are for.
+        chosen = dataclasses.replace(config, attention="xla")
+        self.attention = Attention(chosen, style, layout=layout, query_layout=own, rngs=rngs)
         self.norm = Norm(style.norm, config.width, use_bias=style.norm_bias, epsilon=config.epsilon)
         self.mlp = make_mlp(config, own, rngs)
 

@@ -72,6 +72,8 @@ class Config:
       head_bias: initial value of the classifier's bias; big_vision trains ViT-g with -10.
       dtype: of activations and products. Parameters, norms, softmax and logits are float32. How
         ViT-22B mixed precisions is not stated in any public source.
+      attention: what computes it in the blocks, between the projections, see `models.attend`; None
+        chooses.
       remat: what the backward pass finds saved; see `encoder.REMAT`. None: everything.
       unroll: blocks that one step of the scan over layers runs; `depth` unrolls it.
 
@@ -95,6 +97,7 @@ class Config:
     epsilon: float = 1e-6
     head_bias: float = 0.0
     dtype: str = "bfloat16"
+    attention: Literal["xla", "pallas_tpu"] | None = None
     remat: Literal["full", "dots", "products"] | None = None
     unroll: int = 1
 
@@ -105,6 +108,7 @@ class Config:
         for field, known in (
             ("pool", ("map", "gap", "cls")),
             ("activation", ("gelu_tanh", "gelu")),
+            ("attention", (None, "xla", "pallas_tpu")),
         ):
             if getattr(self, field) not in known:
                 raise ValueError(f"{field}={getattr(self, field)!r} is none of {known}")

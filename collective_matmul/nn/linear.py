@@ -159,9 +159,7 @@ def row(xs: Sequence[jax.Array], *modules: RowParallel) -> jax.Array:
     """
     layout, dtype = layout_of(modules), compute_dtype(xs, *modules)
     kernels, biases = zip(*(parameters_of(module, dtype) for module in modules), strict=True)
-    present = [bias for bias in biases if bias is not None]
-    bias = sum(present[1:], present[0]) if present else None
-    return dense.row_parallel([x.astype(dtype) for x in xs], kernels, bias, layout=layout)
+    return dense.row_parallel([x.astype(dtype) for x in xs], kernels, sum_of(biases), layout=layout)
 
 
 def _sizes(features: int | Sequence[int]) -> tuple[int, ...]:
@@ -188,6 +186,12 @@ def compute_dtype(x: Any, *modules: _Linear) -> jnp.dtype:
     if dtype is None:
         return jnp.result_type(*jax.tree.leaves(x), *(module.kernel.dtype for module in modules))
     return dtype
+
+
+def sum_of(biases: Sequence[jax.Array | None]) -> jax.Array | None:
+    """What is added to a sum of products, or None."""
+    present = [bias for bias in biases if bias is not None]
+    return sum(present[1:], present[0]) if present else None
 
 
 def parameters_of(module: _Linear, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | None]:

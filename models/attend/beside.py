@@ -1,0 +1,92 @@
+"""Attention and MLP of a parallel block on one device, side by side in memory.
+
+    [q k v of each head | h]   ->   [attention of each head | activation(h + b)]
+
+One array comes in from the block's one product, and one goes out to its other. The kernels read
+and write the heads' columns where they are, the activation writes its own behind them, and so
+nothing is ever put together: as a concatenation, ViT-22B's step spent 115 ms of 3,260 on it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from collective_matmul.varying import varying_like
+from models.attend.pallas_tpu import Kernel, Scales, attend_within, gradient_within
+
+Activation = Callable[[jax.Array], jax.Array]
+
+
+def middle(
+    kernel: Kernel, activation: Activation, wide: jax.Array, bias: jax.Array, scales: Scales | None
+) -> jax.Array:
+    """What is between a parallel block's two products.
+
+    Args:
+      kernel: of the attention.
+      activation: of the MLP, elementwise.
+      wide: [b, s, h * 3 * d + f].
+      bias: [f], of the hidden units.
+      scales: of the norms of queries and keys.
+
+    Returns:
+      [b, s, h * d + f].
+    """
+    bias, scales = jax.tree.map(lambda x: varying_like(x, wide), (bias, scales))
+    return _middle(kernel, activation, wide, bias, scales)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _middle(
+    kernel: Kernel, activation: Activation, wide: jax.Array, bias: jax.Array, scales: Scales | None
+) -> jax.Array:
+    into, out_of = _ends(kernel)
+    hidden = _behind(wide, into) + _row(bias, wide)
+    y = attend_within(kernel, wide, scales, out_of + hidden.shape[-1])
+    return _written(y, activation(hidden), out_of)
+
+
+def _forward(
+    kernel: Kernel, activation: Activation, wide: jax.Array, bias: jax.Array, scales: Scales | None
+) -> tuple[jax.Array, Any]:
+    return _middle(kernel, activation, wide, bias, scales), (wide, bias, scales)
+
+
+def _backward(kernel: Kernel, activation: Activation, saved: Any, dy: jax.Array) -> Any:
+    wide, bias, scales = saved
+    into, out_of = _ends(kernel)
+    dwide, dscales = gradient_within(kernel, wide, scales, dy)
+    hidden = _behind(wide, into) + _row(bias, wide)
+    (dhidden,) = jax.vjp(activation, hidden)[1](_behind(dy, out_of))
+    dwide = _written(dwide, dhidden, into)
+    # Summed from where it lies: an operation that made both would write the columns elsewhere.
+    written = _behind(dwide, into)
+    dbias = jnp.sum(written, axis=range(written.ndim - 1), dtype=jnp.float32).astype(bias.dtype)
+    return dwide, dbias, dscales
+
+
+_middle.defvjp(_forward, _backward)
+
+
+def _ends(kernel: Kernel) -> tuple[int, int]:
+    """How many columns are the heads', in what comes and in what goes."""
+    own = kernel.heads * kernel.head_dim
+    return 3 * own, own
+
+
+def _behind(x: jax.Array, first: int) -> jax.Array:
+    return lax.slice_in_dim(x, first, x.shape[-1], axis=x.ndim - 1)
+
+
+def _written(x: jax.Array, columns: jax.Array, first: int) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(x, columns, first, axis=x.ndim - 1)
+
+
+def _row(bias: jax.Array, x: jax.Array) -> jax.Array:
+    return bias.reshape((1,) * (x.ndim - 1) + (-1,))

@@ -115,6 +115,18 @@ def test_a_kernel_that_does_not_compile_alone_is_a_note(monkeypatch):
     assert kernels.bundles("HloModule jit_f", hardware.chip("v4")) == ({}, ())
 
 
+def test_a_kernel_that_communicates_is_a_note():
+    text = PROGRAM.replace('"body":', '"has_communication":true,"body":')
+    found, (note,) = kernels.bundles(text, hardware.chip("v4"))
+    assert not found
+    assert note.startswith("no bundles of a, b: it communicates")
+
+
+def test_a_chip_that_the_compiler_does_not_know_is_a_note():
+    _, notes = kernels.bundles(PROGRAM, hardware.chip("H200"))
+    assert notes == ("no bundles of a, b: the TPU compiler does not know H200",)
+
+
 def test_a_kernel_is_its_program_and_its_shapes():
     module = parse(PROGRAM)
     kernel = kernels.kernel_of(module, module.main.by_name["a"])

@@ -34,6 +34,7 @@ _GIVEN = (
     *("scoped_memory_configs", "flag_configs"),
 )
 _CONFIGURATION = "backend_config="
+_COMMUNICATES = '"has_communication":true'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +117,8 @@ def bundles(
 def _issued(module: Module, instruction: Instruction, chip: Chip, options: Options) -> Issued:
     if chip.name not in SMALLEST:
         return Issued(None, f"the TPU compiler does not know {chip.name}")
+    if _COMMUNICATES in instruction.rest:
+        return Issued(None, "it communicates, and a schedule does not tell how long it waits")
     try:
         kernel = kernel_of(module, instruction)
     except ValueError as error:

@@ -42,6 +42,9 @@ COMMANDS = {
     "python -m bench gpu --json runs/gpu.json": (
         "tests/test_measure.py::test_gpu_runs_on_a_cpu_and_claims_nothing"
     ),
+    "python -m bench kernels runs/step.txt --chip v4": (
+        "tests/test_kernels.py::test_the_command_lists_kernels"
+    ),
     "python -m bench measure --quick": (
         "tests/test_measure.py::test_measure_runs_the_suites_and_reports_ratios"
     ),

@@ -244,6 +244,19 @@ def test_flops_of_custom_calls_that_say_them():
     }
 
 
+def test_an_instruction_over_several_lines_is_one():
+    module = entry(
+        "%a = bf16[64,32] parameter(0)",
+        '%k = bf16[64,16] custom-call(%a), custom_call_target="tpu_custom_call", '
+        'frontend_attributes={kernel_metadata={\n"mesh_axes":"[\\"x\\"]"\n}}, '
+        'backend_config={"custom_call_config":{"cost_estimate":{"flops":"12","bytes_accessed":"3"}}}',
+        "ROOT %n = bf16[64,16] negate(%k)",
+    )
+    assert [each.name for each in module.main.instructions] == ["a", "k", "n"]
+    assert cost(module, module.main.by_name["k"]) == (12, 3)
+    assert "kernel_metadata" in module.main.by_name["k"].attributes["frontend_attributes"]
+
+
 def test_a_product_on_the_vector_unit_counts_once():
     name = 'metadata={op_name="jit(f)/dot_general"}'
     inner = f"""%inner (a: f32[8,64], b: f32[8,64]) -> f32[8] {{

@@ -14,13 +14,12 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bench.predicted import reproductions
+from bench.predicted import kernels, reproductions
 from bench.predicted.points import Point
 from bench.predicted.slices import tpu_slice
 from bench.record import Record
 from bench.tables import markdown
 from collective_matmul import hardware
-from collective_matmul.inspect import overlap_report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +74,7 @@ def predict(point: Point) -> Result:
     build = getattr(reproductions, point.program)
     mesh, lowered = build(tpu_slice(point.topology), **point.arguments)
     compiled = lowered.compile(compiler_options=dict(point.options) or None)
-    report = overlap_report(compiled, chip=hardware.chip(point.chip), mesh=mesh)
+    report, _ = kernels.overlap(compiled, mesh, point.options)
     return Result(
         point,
         report.seconds / point.repeats,

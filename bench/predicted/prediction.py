@@ -1,7 +1,8 @@
 """What a program is predicted to take on TPUs that are not there.
 
 The TPU compiler compiles it, and estimates the cycles of every operation; `overlap_report` runs its
-schedule against a model of the links. Nothing runs on a TPU: every time here is a prediction, and
+schedule against a model of the links. A Pallas kernel, of which it estimates nothing, takes the
+bundles of its own schedule (`kernels`). Nothing runs on a TPU: every time here is a prediction, and
 `accuracy` says what is known of its error.
 """
 
@@ -12,6 +13,7 @@ import json
 from typing import Any
 
 from bench.mfu import utilisation
+from bench.predicted import kernels
 from bench.predicted.compiling import Options, OutOfMemory, attempt, gib
 from bench.predicted.programs import Program
 from bench.predicted.slices import chip_of
@@ -19,7 +21,7 @@ from bench.record import RESULTS
 from bench.work import Work
 from collective_matmul import hardware
 from collective_matmul.hardware import Chip
-from collective_matmul.inspect import OverlapReport, ReconciliationError, overlap_report
+from collective_matmul.inspect import OverlapReport, ReconciliationError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,9 +167,9 @@ def predict(name: str, program: Program, options: Options | None = None) -> Pred
     )
     if tried.compiled is None:
         return base
-    report = overlap_report(tried.compiled, chip=chip, mesh=program.mesh)
+    report, unknown = kernels.overlap(tried.compiled, program.mesh, options)
     temporary = int(tried.compiled.memory_analysis().temp_size_in_bytes)
-    notes = _reconciled(report, program.hardware)
+    notes = (*_reconciled(report, program.hardware), *unknown)
     return dataclasses.replace(base, report=report, temporary=temporary, notes=notes)
 
 

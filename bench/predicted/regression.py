@@ -16,12 +16,13 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from bench.predicted import kernels
 from bench.predicted.operations import Product
 from bench.predicted.programs import Program, training_step
-from bench.predicted.slices import tpu_slice
+from bench.predicted.slices import SMALLEST, tpu_slice
 from bench.tables import Row
 from collective_matmul import Layout, make_mesh
-from collective_matmul.inspect import OverlapReport, overlap_report
+from collective_matmul.inspect import OverlapReport
 from models import vit
 from models.config import Config
 from models.optim import Optim
@@ -32,11 +33,11 @@ NOTED = 1e-4  # of the step: a part that changes by less is not listed
 # {chip: (the smallest slice with a ring of 4, columns of a device that hide a hop)}: peak / link
 # bandwidth is 4.4 to 6.1 thousand on v4, v5e and v5p, 10 and 13 thousand on v6e and 7x.
 SLICES = {
-    "v4": ("v4:2x2x1", 8192),
-    "v5e": ("v5e:2x2", 8192),
-    "v5p": ("v5p:2x2x1", 8192),
-    "v6e": ("v6e:2x2", 16384),
-    "7x": ("7x:2x2x1", 16384),
+    "v4": (SMALLEST["v4"], 8192),
+    "v5e": (SMALLEST["v5e"], 8192),
+    "v5p": (SMALLEST["v5p"], 8192),
+    "v6e": (SMALLEST["v6e"], 16384),
+    "7x": (SMALLEST["7x"], 16384),
 }
 _ROWS, _WIDTH = 8192, 8192
 
@@ -105,7 +106,7 @@ def predict(case: Case) -> dict[str, Any]:
       UserError: if the TPU compiler is not installed.
     """
     program = case.build()
-    report = overlap_report(program.traced.lower().compile(), mesh=program.mesh)
+    report, _ = kernels.overlap(program.traced.lower().compile(), program.mesh)
     return {
         "seconds": report.seconds,
         "compute": report.compute_seconds,

@@ -25,6 +25,14 @@ _PLATFORMS = {"v4": "v4", "v5e": "v5e", "v5p": "v5p", "v6e": "v6e", "7x": "tpu7x
 _OPTIONS = {"v4": {"chip_config_name": "megacore"}}
 _EXAMPLES = "v4:8x8x16, v5e:16x16, v5p:4x4x4, v6e:2x4 or 7x:2x2x1"
 
+# The smallest slice of each chip with a ring of 4, which compiles quickest.
+SMALLEST = {
+    "v4": "v4:2x2x1",
+    "v5e": "v5e:2x2",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:2x2",
+    "7x": "7x:2x2x1",
+}
 LARGEST = 9216  # chips of a 7x: https://docs.cloud.google.com/tpu/docs/tpu7x
 
 _ENVIRONMENT = {

@@ -1,7 +1,9 @@
 """What one instruction costs a device, and how that is known.
 
     cycles    the compiler's own estimate over the clock (TPU)
-    declared  a kernel's cost estimate: FLOPs at the peak, or bytes at the memory's bandwidth
+    bundles   those of a Pallas kernel's schedule over the clock, or its bytes if they take longer
+    declared  a kernel's cost estimate: FLOPs at the peak, or bytes at the memory's bandwidth, which
+              is a lower bound
     FLOPs     its products at the peak for their dtype
     bytes     what it reads and writes in HBM at the memory's bandwidth
     free      by nature: it names, groups or declares values, and moves none
@@ -17,6 +19,7 @@ it returns, and an update in place writes the update.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 
@@ -90,7 +93,13 @@ class Cost:
     peak: float | None = None
 
 
-def cost(module: Module, instruction: Instruction, chip: Chip, clock: float | None) -> Cost:
+def cost(
+    module: Module,
+    instruction: Instruction,
+    chip: Chip,
+    clock: float | None,
+    bundles: Mapping[str, float] | None = None,
+) -> Cost:
     """The cost of an instruction that is neither a collective nor a loop.
 
     Args:
@@ -98,6 +107,7 @@ def cost(module: Module, instruction: Instruction, chip: Chip, clock: float | No
       instruction: what is costed.
       chip: peaks and bandwidths.
       clock: Hz that the compiler's cycles are divided by; None if there are none to divide.
+      bundles: that one run of a Pallas kernel issues, by the name of its instruction.
     """
     if _free(module, instruction):
         return Cost(0.0, 0, 0, "free")
@@ -107,6 +117,9 @@ def cost(module: Module, instruction: Instruction, chip: Chip, clock: float | No
     moved = declared.bytes if declared and declared.bytes else moved
     peak = (_peak(module, instruction, chip) or chip.bf16) if work else None
     by_bytes = moved / chip.hbm_bandwidth
+    issued = (bundles or {}).get(instruction.name) if kernels.is_pallas(instruction) else None
+    if issued is not None and clock:
+        return Cost(max(issued / clock, by_bytes), work, moved, "bundles", peak)
     if instruction.cycles is not None and clock:
         seconds = instruction.cycles / clock
         if not work:

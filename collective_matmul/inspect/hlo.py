@@ -22,6 +22,8 @@ from collective_matmul.inspect.tokens import closing, operand_names, split_attri
 
 _ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\](?:\{([^}]*)\})?")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([^\s%(]+) (?:\(.*)?\{$")
+# A kernel's metadata is written over several lines.
+_BROKEN = re.compile(r"\n(?=\"|\}\})")
 _HEAD = re.compile(r"\s+(ROOT )?%?([^\s%=]+) = (.*?) ([a-z][a-z0-9\-]*)\(")
 _MEMORY = re.compile(r"S\((\d+)\)")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\]")
@@ -206,7 +208,7 @@ def parse(text: str) -> Module:
     computations: dict[str, Computation] = {}
     entry = name = None
     body: list[Instruction] = []
-    for line in lines.split("\n"):
+    for line in _BROKEN.sub("", lines).split("\n"):
         if line[:1] == " ":
             if name is not None and (instruction := _instruction(line, name)):
                 body.append(instruction)

@@ -1,6 +1,7 @@
 """What a custom call costs, as far as the program's text says so.
 
-- A Pallas kernel for TPU declares FLOPs and bytes: the `cost_estimate` of `pallas_call`.
+- A Pallas kernel for TPU declares FLOPs and bytes: the `cost_estimate` of `pallas_call`. Its
+  time is not in the text, but in the compiler's schedule of the kernel, which `bundles` reads.
 - XLA's calls of cuBLAS and cuDNN carry the numbers of the contraction or of the convolution.
 - Some calls are no work: they only name memory, or say how it is laid out.
 
@@ -19,6 +20,7 @@ from collective_matmul.inspect.products import contraction, convolution
 
 _DECLARED = re.compile(r'"cost_estimate":\s*\{([^}]*)\}')
 _CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
+PALLAS = "tpu_custom_call"
 FREE = {
     *("AllocateBuffer", "ConcatBitcast", "AsyncCollectiveStart", "AsyncCollectiveDone"),
     *("Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "LayoutConstraint"),
@@ -48,6 +50,21 @@ class Cost(NamedTuple):
 def target(instruction: Instruction) -> str:
     """What a custom call calls; empty of any other instruction."""
     return instruction.attributes.get("custom_call_target", "").strip('"')
+
+
+def is_pallas(instruction: Instruction) -> bool:
+    """Whether an instruction is a Pallas kernel for TPU."""
+    return instruction.opcode == "custom-call" and target(instruction) == PALLAS
+
+
+def pallas(module: Module) -> tuple[Instruction, ...]:
+    """The Pallas kernels for TPU of a program."""
+    return tuple(
+        instruction
+        for computation in module.computations.values()
+        for instruction in computation.instructions
+        if is_pallas(instruction)
+    )
 
 
 def cost(module: Module, instruction: Instruction) -> Cost | None:

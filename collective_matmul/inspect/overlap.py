@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jax.sharding import Mesh
 
 from collective_matmul import hardware
 from collective_matmul.hardware import Chip
+from collective_matmul.inspect import kernels
 from collective_matmul.inspect.hlo import Module, parse
 from collective_matmul.inspect.network import Network
 from collective_matmul.inspect.report import OverlapReport
@@ -32,6 +34,7 @@ def overlap_report(
     mesh: Mesh | None = None,
     flops: float | None = None,
     clock: float | None = None,
+    bundles: Mapping[str, float] | None = None,
 ) -> OverlapReport:
     """What a compiled program takes on one device, and how much of its communication is hidden.
 
@@ -48,6 +51,9 @@ def overlap_report(
         that of the program's arguments.
       flops: what `OverlapReport.reconcile` checks the products against, of all devices together.
       clock: Hz that the compiler's cycles are divided by; default the chip's.
+      bundles: {name of a Pallas kernel's instruction: bundles that the compiler's schedule of it
+        issues in a run} (`inspect.bundles`). What a kernel that is not named declares is a lower
+        bound.
 
     Returns:
       The report.
@@ -57,7 +63,7 @@ def overlap_report(
         program, or the text is not a scheduled program or cannot be had.
       ReconciliationError: as `OverlapReport.reconcile`.
     """
-    module = parse(program if isinstance(program, str) else _text(program))
+    module = parse(program if isinstance(program, str) else text_of(program))
     if not module.scheduled:
         raise ValueError(
             "the order of this text is no schedule: pass the compiled program or its as_text(), "
@@ -68,7 +74,7 @@ def overlap_report(
     chip = _chip(chip, mesh)
     network, remarks = _network(module, mesh, chip)
     clock = clock or chip.clock
-    timeline = simulate(module, network, clock=clock)
+    timeline = simulate(module, network, clock=clock, bundles=bundles)
     repeated = total_flops(module).repeated
     report = _report(timeline, network, clock, remarks, _memory(program), repeated)
     return report if flops is None else report.reconcile(flops)
@@ -98,6 +104,11 @@ def _report(
             "no cycle estimates in this text: compute is costed at the peak, or at the memory's "
             "bandwidth, so it is a lower bound"
         )
+    if (declared := _declared(timeline)) and not chip.assumed:
+        remarks.append(
+            "Pallas kernels that take what they declare, at the peak or at the memory's bandwidth, "
+            f"which is a lower bound: {', '.join(declared)}"
+        )
     if rows and not chip.assumed and not any(row.asynchronous for row in rows):
         remarks.append("no collective has a start and a done: all of them are exposed")
     return OverlapReport(
@@ -123,7 +134,26 @@ def _report(
     )
 
 
-def _text(program: Any) -> str:
+def _declared(timeline: Timeline) -> list[str]:
+    return sorted(
+        op.instruction.name
+        for op in timeline.ops
+        if op.cost.how == "declared" and kernels.is_pallas(op.instruction)
+    )
+
+
+def text_of(program: Any) -> str:
+    """The HLO text of a compiled program.
+
+    Args:
+      program: what `.lower(..).compile()` returned.
+
+    Returns:
+      The text.
+
+    Raises:
+      ValueError: if it cannot be had.
+    """
     try:
         text = program.as_text()
     except jax.errors.JaxRuntimeError as error:

@@ -18,6 +18,7 @@ often as it runs; its condition is taken to be free. Of a conditional the deares
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from collective_matmul.inspect.collectives import (
     Collective,
@@ -51,18 +52,26 @@ _ENDS = ("-done", "-update")  # what ends or carries on something, and costs not
 _Key = tuple[str, str]
 
 
-def simulate(module: Module, network: Network, *, clock: float | None = None) -> Timeline:
+def simulate(
+    module: Module,
+    network: Network,
+    *,
+    clock: float | None = None,
+    bundles: Mapping[str, float] | None = None,
+) -> Timeline:
     """Runs a program, as above.
 
     Args:
       module: a scheduled program.
       network: where its partitions stand; its chip costs the compute.
       clock: Hz that the compiler's cycles are divided by; default the chip's.
+      bundles: as in `costs.cost`.
 
     Returns:
       The timeline of one device, predicted.
     """
-    return _Run(module, network, clock or network.chip.clock).timeline(module.main)
+    run = _Run(module, network, clock or network.chip.clock, bundles)
+    return run.timeline(module.main)
 
 
 @dataclasses.dataclass
@@ -76,8 +85,14 @@ class _Pending:
 class _Run:
     """A run in progress. `_Run(..).timeline(computation)` is one run of one computation."""
 
-    def __init__(self, module: Module, network: Network, clock: float | None):
-        self.module, self.network, self.clock = module, network, clock
+    def __init__(
+        self,
+        module: Module,
+        network: Network,
+        clock: float | None,
+        bundles: Mapping[str, float] | None,
+    ):
+        self.module, self.network, self.clock, self.bundles = module, network, clock, bundles
         self.now = 0.0
         self.flights = Flights(network)
         self.pending: dict[_Key, _Pending] = {}
@@ -136,7 +151,7 @@ class _Run:
             self.compute(instruction)
 
     def compute(self, instruction: Instruction) -> None:
-        spent = cost(self.module, instruction, self.network.chip, self.clock)
+        spent = cost(self.module, instruction, self.network.chip, self.clock, self.bundles)
         if spent.how == "free":
             return
         self.add_op(Op(instruction, spent, 1))
@@ -210,7 +225,7 @@ class _Run:
         self.repeat(instruction, dearest, 1)
 
     def inside(self, computation: Computation) -> Timeline:
-        return _Run(self.module, self.network, self.clock).timeline(computation)
+        return _Run(self.module, self.network, self.clock, self.bundles).timeline(computation)
 
     def repeat(self, instruction: Instruction, inner: Timeline, count: int) -> None:
         self.remarks |= dict.fromkeys(inner.remarks)

@@ -222,10 +222,12 @@ class Plan:
     """How to run an operation: a backend and, where it decomposes, the lanes it walks.
 
     `fat`: contracted products wait for the whole operand and run as one product, instead of adding
-    one slice's product to an accumulator at each arrival.
+    one slice's product to an accumulator at each arrival. `whole`: a scatter's product that waits
+    for a sum slices its operand itself.
     """
 
     backend: str
     algorithm: str | None = None
     lanes: tuple[Lane, ...] = ()
     fat: bool = False
+    whole: bool = False

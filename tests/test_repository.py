@@ -25,6 +25,7 @@ FLOORS = (
     ("duality", "explain"),
     ("einsum", "collectives"),
     ("layout",),
+    ("joined", "replay"),
     ("per_device", "operands"),
     ("dense",),
     ("nn",),

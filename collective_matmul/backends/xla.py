@@ -65,7 +65,7 @@ def scatter(
             if start < stop:
                 piece = Piece(-lane.shift * hop, start, stop - start)
                 after = fresh if len(moving) > 1 else None
-                total = _partial(op, lhs, rhs, piece, sums.get(i), after)
+                total = _partial(op, lhs, rhs, piece, sums.get(i), after, plan.whole)
                 fresh += [total] if i not in sums else []
                 back = permutation(-lane.shift, op.t)
                 sums[i] = lax.ppermute(total.astype(wire), op.axis_name, back)
@@ -74,7 +74,7 @@ def scatter(
     for part in parts(plan.lanes):
         start, stop = part.bounds(shard)
         if start < stop:
-            own = _partial(op, lhs, rhs, Piece(0, start, stop - start), None, None)
+            own = _partial(op, lhs, rhs, Piece(0, start, stop - start), None, None, whole=False)
             home = (x for i, x in sums.items() if plan.lanes[i].part == part)
             pieces.append(functools.reduce(operator.add, (x.astype(own.dtype) for x in home), own))
     dim = op.terms[0].spec.out.index(op.letter)
@@ -97,6 +97,7 @@ def _partial(
     piece: Piece,
     arrived: jax.Array | None,
     after: list[jax.Array] | None,
+    whole: bool,
 ) -> jax.Array:
     """This device's products for the piece, plus the sum that has arrived for it.
 
@@ -104,11 +105,11 @@ def _partial(
     own kernel instead of in a pass of its own; it needs another sum in flight to hide the hop
     under, so it is for lanes that move side by side. And until those of `after` are there: the
     products of lanes that set out have nothing to wait for, and hide the hop (54 ms of ViT-22B's
-    step, where XLA left them to the end).
+    step, where XLA left them to the end). What waits is the operand's slice, which is then a copy,
+    or the operand as a `whole`, and the product slices it itself (`cost.SLICING`).
     """
-    if after is not None and arrived is not None:
-        # The whole operand waits, not its slice: a slice that waits is copied, 20 ms of the step.
-        arrived, lhs, _ = lax.optimization_barrier((arrived, lhs, after))
+    if arrived is not None and after is not None and whole:
+        arrived, lhs, after = lax.optimization_barrier((arrived, lhs, after))
     left = [_slice(op, x, term.spec.lhs, piece) for x, term in zip(lhs, op.terms, strict=True)]
     right = [
         x if x is None else _slice(op, x, term.spec.rhs or "", piece)
@@ -116,6 +117,8 @@ def _partial(
     ]
     if arrived is None:
         return sum_of_products(op, left, right)
+    if after is not None and not whole:
+        arrived, left, _ = lax.optimization_barrier((arrived, left, after))
     total = sum_of_products(op, left, right)
     return total + arrived.astype(total.dtype)
 

@@ -59,8 +59,9 @@ class Config:
     """sigmoid: each class for itself, as the paper; softmax: one class of all"""
     guard: Guard = dataclasses.field(default_factory=Guard)
     """which steps are not applied, and when to go back or to give up"""
-    statistics: bool = False
-    """report attention's largest logit and least entropy, and the gradients' norms, by block"""
+    statistics: int = 0
+    """report attention's largest logit and least entropy, and the gradients' norms, by block, every
+    so many steps: by a second program, since attention's fast one has no logits; 0: never"""
     start: Start = dataclasses.field(default_factory=Start)
     """what the first parameters are, where the seed does not make them"""
     seed: int = 0
@@ -88,6 +89,8 @@ class Config:
         for name in ("steps", "batch", "evaluate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.statistics < 0:
+            raise ValueError(f"statistics={self.statistics}: 0 is never, n every n steps")
         if min(self.mesh) < 1:
             raise ValueError(f"mesh={self.mesh}: the sizes must be at least 1; 1,1,1 is one device")
         saved, compared = self.checkpoint.every, self.watch.replicas_every

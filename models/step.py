@@ -7,6 +7,7 @@ hold.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -32,6 +33,9 @@ __all__ = [
     "train_step",
     "eval_step",
     "jitted_training",
+    "variants",
+    "usual",
+    "observed",
     "compile_training",
     "compile_evaluation",
 ]
@@ -124,6 +128,26 @@ def eval_step(
     """Sums over the labelled rows of a batch: loss, correct answers, rows; see `loss.classify`."""
     logits = nnx.merge(graph, params)(batch["image"])
     return classify(logits, batch["label"], config.loss)
+
+
+def variants(config: Config) -> dict[bool, Config]:
+    """The programs that a run needs: without statistics, the usual one, and with them.
+
+    Args:
+      config: the run; `statistics=1` needs no other program than the one with them.
+    """
+    usual = {} if config.statistics == 1 else {False: dataclasses.replace(config, statistics=0)}
+    return usual | ({True: config} if config.statistics else {})
+
+
+def usual(config: Config) -> Config:
+    """The config of the program that most steps run."""
+    return next(iter(variants(config).values()))
+
+
+def observed(config: Config, number: int) -> bool:
+    """Whether step `number` runs the program with statistics."""
+    return config.statistics > 0 and number % config.statistics == 0
 
 
 def jitted_training(graph: Any, config: Config, state: State) -> Any:

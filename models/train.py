@@ -133,10 +133,13 @@ def train(config: Config) -> Result:
             Feed(train_images, config, layout, rows, start=at.batch, like=at.data)
         )
         with ledger.spend("compile"):
-            lowered = step.jitted_training(graph, config, state).lower(state, feed.first())
-            if config.watch.agree:
-                agreement.check(agreement.program(lowered), config.watch.patience, topic="program")
-            train_step = lowered.compile()
+            train_step = {}
+            for observed, variant in step.variants(config).items():
+                lowered = step.jitted_training(graph, variant, state).lower(state, feed.first())
+                if config.watch.agree:
+                    topic = "program with statistics" if observed else "program"
+                    agreement.check(agreement.program(lowered), config.watch.patience, topic=topic)
+                train_step[observed] = lowered.compile()
             eval_step = step.compile_evaluation(graph, config, state, feed.first())
         journal.say("compiled")
 
@@ -188,7 +191,8 @@ def train(config: Config) -> Result:
                 profile.before(at.step + 1)
                 batch, marks, waited = feed.next(marked=chain is not None)
                 ledger.add("data", waited)
-                state, numbers = train_step(state, batch)
+                observed = step.observed(config, at.step + 1)
+                state, numbers = train_step[observed](state, batch)
                 at = dataclasses.replace(at, step=at.step + 1, batch=feed.step)
                 if copies and at.step % (config.watch.replicas_every or 1) == 0:
                     marks["copies"] = copies.start(state.params)

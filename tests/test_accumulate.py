@@ -102,8 +102,8 @@ def losses(config):
 
 
 def test_updates_on_a_mesh_are_those_of_one_device():
-    expected, numbers = losses(with_parts(1, statistics=True))
-    found, accumulated = losses(with_parts(2, statistics=True, mesh=(2, 1, 4)))
+    expected, numbers = losses(with_parts(1, statistics=1))
+    found, accumulated = losses(with_parts(2, statistics=1, mesh=(2, 1, 4)))
     np.testing.assert_allclose(found, expected, rtol=2e-6)
     assert expected[-1] < 0.99 * expected[0]
     assert accumulated.keys() == numbers.keys()

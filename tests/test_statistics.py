@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models import configs, devices, statistics, step
+from models import configs, devices, statistics, step, train
 from models.optim import Optim
 
 pytestmark = pytest.mark.slow
@@ -22,7 +23,7 @@ CONFIG = dataclasses.replace(
     steps=10,
     batch=BATCH,
     mesh=(1, 1, 1),
-    statistics=True,
+    statistics=1,
 )
 RANDOM = np.random.default_rng(0)
 DATA = {
@@ -110,10 +111,35 @@ def test_the_scan_keeps_a_number_for_each_row_and_head_and_no_logits():
 
 
 def test_without_the_switch_there_are_none():
-    config = dataclasses.replace(CONFIG, statistics=False)
+    config = dataclasses.replace(CONFIG, statistics=0)
     graph, state = step.abstract(config, None)
     run = functools.partial(step.train_step, graph=graph, config=config, places=None)
     _, metrics = jax.eval_shape(run, state, DATA)
     assert sorted(metrics) == [
         *("accuracy", "applied", "bad_streak", "gradient_norm", "learning_rate", "loss", "skipped")
     ]
+
+
+def test_statistics_of_some_steps_are_a_second_program():
+    """The steps without them run the usual one, and only those with them report them."""
+    never, some, always = (dataclasses.replace(CONFIG, statistics=n) for n in (0, 3, 1))
+    assert list(step.variants(never)) == [False]
+    assert list(step.variants(some)) == [False, True]
+    assert list(step.variants(always)) == [True]
+    assert step.usual(some) == never
+    assert [n for n in range(1, 10) if step.observed(some, n)] == [3, 6, 9]
+    assert all(step.observed(always, n) for n in range(1, 4))
+    assert not any(step.observed(never, n) for n in range(1, 4))
+    with pytest.raises(ValueError, match="statistics=-1"):
+        dataclasses.replace(CONFIG, statistics=-1)
+
+
+def test_a_run_reports_statistics_every_so_many_steps(tmp_path):
+    config = dataclasses.replace(
+        CONFIG, statistics=2, steps=5, evaluate=5, out=tmp_path, mesh=(1, 1, 1)
+    )
+    train.train(config)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "gradient_norm" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in steps if "attention/logit_max" in line] == [2, 4]

@@ -72,7 +72,9 @@ def _for_this_machine(config: Config) -> int:
         rows = len(step.rows_held(layout, config.batch))
         graph, state = step.abstract(config, layout)
         batch = placing.described(config, layout)
-        compiled = step.jitted_training(graph, config, state).lower(state, batch).compile()
+        compiled = (
+            step.jitted_training(graph, step.usual(config), state).lower(state, batch).compile()
+        )
     except (ValueError, NotImplementedError) as error:
         raise UserError(str(error)) from error
     kind = jax.devices()[0].device_kind

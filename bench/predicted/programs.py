@@ -65,7 +65,7 @@ def training_step(config: Config, layout: Layout) -> Program:
         "image": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=over),
         "label": jax.ShapeDtypeStruct((config.batch,), jnp.int32, sharding=over),
     }
-    traced = step.jitted_training(graph, config, state).trace(state, batch)
+    traced = step.jitted_training(graph, step.usual(config), state).trace(state, batch)
     return Program(
         traced=traced,
         mesh=mesh,

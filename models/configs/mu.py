@@ -4,7 +4,7 @@ Parallel blocks, QK-norm and attention pooling of Dehghani et al. 2023 (arXiv 23
 shape of their recipe; nothing is downloaded. It is the run to try a change or a machine with:
 
     python -m models.train mu
-    python -m models.train mu --mesh 2,2,2 --statistics True
+    python -m models.train mu --mesh 2,2,2 --statistics 1
 
 Expected: more than 99% of the 512 test images.
 

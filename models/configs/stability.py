@@ -47,6 +47,6 @@ CONFIG = dataclasses.replace(
     mesh=(1, 1, 1),
     algorithm=None,
     backend=None,
-    statistics=True,
+    statistics=1,
     out=pathlib.Path("runs/stability"),
 )

@@ -63,7 +63,7 @@ CONFIG = Config(
     ),
     loss="sigmoid",
     guard=Guard(patience=5, rollbacks=10, skip_batches=200),
-    statistics=True,
+    statistics=100,
     mesh=(16, 16, 4),
     layout="features",
     algorithm="two_way",

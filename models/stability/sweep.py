@@ -63,7 +63,7 @@ def sweep(
     """
     if config.steps % points:
         raise ValueError(f"steps={config.steps} do not split into points={points}")
-    config = dataclasses.replace(config, statistics=True)
+    config = dataclasses.replace(config, statistics=1)
     batches = _batches(config)
     rates, numbers = (x.ravel() for x in np.meshgrid(lrs, np.arange(len(seeds)), indexing="ij"))
     runs: list[Run] = []

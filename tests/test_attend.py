@@ -15,7 +15,7 @@ from bench.predicted.regression import SLICES
 from bench.predicted.slices import tpu_slice
 from collective_matmul import Layout, make_mesh
 from models import vit
-from models.attend import attend
+from models.attend import attend, pallas_tpu
 from models.capture import Capture
 from models.norm import Norm
 
@@ -137,7 +137,7 @@ def test_on_a_mesh_every_device_has_its_heads(types):
         ((1, 1, 2, 128), (1, 128, 2, 128), "there are 1 queries of 128 tokens"),
         ((1, 128, 2, 64), (1, 128, 2, 64), "head_dim=64 is not a multiple of 128"),
         ((1, 100, 2, 128), (1, 100, 2, 128), "100 tokens are not a multiple of 128"),
-        ((1, 4096, 1, 128), (1, 4096, 1, 128), "4096 tokens .* up to 2048"),
+        ((1, 1024, 1, 128), (1, 1024, 1, 128), "1024 tokens of 128 .* do not fit on chip; 768 do"),
     ],
 )
 def test_what_the_kernel_cannot_do_it_refuses_by_name(query, key, why):
@@ -271,3 +271,32 @@ def test_on_tpu_nobody_has_to_ask_for_it(chip):
 
     assert kernels(None) == 1  # the forward pass of a sum is dead
     assert kernels("xla") == 0
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("chip", ["v4", "v5e", "v5p"])
+def test_the_largest_heads_that_it_accepts_compile(chip, dtype):
+    """On the chips whose kernels have the least memory."""
+    devices = tpu_slice(SLICES[chip][0])
+    place = jax.sharding.NamedSharding(make_mesh(-1, 1, 1, devices=devices), jax.P())
+    s = pallas_tpu.MOST_BYTES // (128 * jnp.dtype(dtype).itemsize)
+    x = jax.ShapeDtypeStruct((1, s, 2, 128), dtype, sharding=place)
+    assert pallas_tpu.refusal(x, x) is None
+    assert pallas_tpu.refusal(*[jax.ShapeDtypeStruct((1, s + 128, 2, 128), dtype)] * 2)
+    kernel = pallas_tpu.Kernel(2, 128, centred=False, epsilon=EPSILON, interpret=False)
+    scale = jax.ShapeDtypeStruct((1, 128), jnp.float32, sharding=place)
+
+    def loss(x, scale):
+        flat = x.reshape(1, s, -1)
+        y = pallas_tpu.attend(kernel, flat, flat, flat, pallas_tpu.Scales(scale, scale))
+        return jnp.sum(y.astype(jnp.float32))
+
+    on_all = jax.shard_map(
+        jax.grad(loss, (0, 1)),
+        mesh=place.mesh,
+        in_specs=jax.P(),
+        out_specs=jax.P(),
+        check_vma=False,
+    )
+    assert "tpu_custom_call" in jax.jit(on_all).lower(x, scale).compile().as_text()

@@ -14,9 +14,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 
-from collective_matmul.layout import Layout
+from collective_matmul.layout import Layout, typed
 from collective_matmul.operands import (
     Arrays,
     Biases,
@@ -308,10 +308,7 @@ def _on_mesh(
     specs = in_specs(layout)
     for name, value, spec in zip(arguments, values, specs, strict=True):
         jax.tree.map(lambda x, at, name=name: check_split(layout, name, x, at), value, spec)
-    if AxisType.Explicit in layout.mesh.axis_types:  # where arrays lie is part of their type there
-        values = jax.tree.map(
-            lambda x, at: jax.sharding.reshard(x, NamedSharding(layout.mesh, at)), values, specs
-        )
+    values = typed(layout, values, specs)
     if layout.partitioner == "gspmd":
 
         def constrained(values: Any, specs: Any) -> Any:

@@ -15,6 +15,7 @@ import dataclasses
 from typing import Any, Literal
 
 import jax
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 Axes = str | tuple[str, ...] | None
@@ -173,3 +174,20 @@ class Layout:
     def row_bias(self) -> P:
         """`[d]` for `"tokens"`, `[d@tensor]` for `"features"`: as the activations are cut."""
         return P(self.tensor) if self.activations == "features" else P(None)
+
+
+def typed(layout: Layout, values: Any, specs: Any) -> Any:
+    """The arrays as a shard_map over the layout's mesh takes them.
+
+    Where axes are of type Explicit, the place of an array is part of its type, and it is put there.
+
+    Args:
+      layout: of the mesh.
+      values: a pytree of arrays.
+      specs: the same of specs.
+    """
+    if AxisType.Explicit not in layout.mesh.axis_types:
+        return values
+    return jax.tree.map(
+        lambda x, at: jax.sharding.reshard(x, NamedSharding(layout.mesh, at)), values, specs
+    )

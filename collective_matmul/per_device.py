@@ -62,14 +62,31 @@ def columns(
 
 def wide_columns(layout: Layout | None, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`y = G(x) . w`, for a kernel [d, f]."""
+    return _wide(layout, column_spec(x.ndim, 2), x, kernel, _gathered)
+
+
+def wide_rows(layout: Layout | None, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`y = S(x . w)`, for a kernel [f, d]."""
+    return _wide(layout, row_spec(x.ndim, 2), x, kernel, _scattered)
+
+
+def _wide(
+    layout: Layout | None,
+    spec: Spec,
+    x: jax.Array,
+    kernel: jax.Array,
+    product: Callable[[Layout, jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+    """A product with a kernel that is fetched for it, where anything is to be fetched."""
     if layout is None:
-        return _alone(column_spec(x.ndim, 2), x, kernel)
-    spec = str(column_spec(x.ndim, 2))
+        return _alone(spec, x, kernel)
     if layout.size(layout.tensor) == 1 and layout.fsdp:
-        return collective_einsum(spec, x, kernel, layout.fsdp, gather_rhs="d", **_options(layout))
+        return collective_einsum(
+            str(spec), x, kernel, layout.fsdp, gather_rhs="d", **_options(layout)
+        )
 
     def multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return _gathered(layout, x, _fetched(layout, kernel, 0, x))
+        return product(layout, x, _fetched(layout, kernel, (spec.rhs or "").index("d"), x))
 
     return _fetching_anew(layout, multiply)(x, kernel)
 
@@ -100,20 +117,6 @@ def rows(
     else:
         total = wide_rows(layout, joined.activations(xs, kernels), joined.row_kernel(kernels))
     return _plus(total, bias)
-
-
-def wide_rows(layout: Layout | None, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`y = S(x . w)`, for a kernel [f, d]."""
-    if layout is None:
-        return _alone(row_spec(x.ndim, 2), x, kernel)
-    spec = str(row_spec(x.ndim, 2))
-    if layout.size(layout.tensor) == 1 and layout.fsdp:
-        return collective_einsum(spec, x, kernel, layout.fsdp, gather_rhs="d", **_options(layout))
-
-    def multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return _scattered(layout, x, _fetched(layout, kernel, 1, x))
-
-    return _fetching_anew(layout, multiply)(x, kernel)
 
 
 def _scattered(layout: Layout, x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -166,14 +169,9 @@ def _in_order(
                      journey and the sums of dv and dw may travel
     """
 
-    def fetch(kernel: jax.Array, dim: int, x: jax.Array) -> jax.Array:
-        return _fetched(layout, kernel, dim, x)
-
-    def gathered(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return _gathered(layout, x, kernel)
-
-    def scattered(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return _scattered(layout, x, kernel)
+    fetch, gathered, scattered = (
+        functools.partial(function, layout) for function in (_fetched, _gathered, _scattered)
+    )
 
     def forward(
         x: jax.Array, kernel_in: jax.Array, kernel_out: jax.Array, operands: tuple[Any, ...]
@@ -190,7 +188,7 @@ def _in_order(
         kernel_in, sum_in = jax.vjp(lambda k: varying_like(k, x), kernel_in)
         kernel_out, sum_out = jax.vjp(lambda k: varying_like(k, x), kernel_out)
         v, back_v = jax.vjp(lambda k: fetch(k, 1, x), kernel_out)
-        m, back_middle = jax.vjp(lambda wide, *o: middle(wide, *o), wide, *operands)
+        m, back_middle = jax.vjp(middle, wide, *operands)
         dm, dv = jax.vjp(scattered, m, v)[1](dy)
         dwide, *doperands = back_middle(dm)
         w, back_w = jax.vjp(lambda k: fetch(k, 0, x), kernel_in)

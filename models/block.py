@@ -117,17 +117,11 @@ class ParallelBlock(nnx.Module):
     def _beside(self, y: jax.Array, kernel: Kernel) -> jax.Array:
         """Attention and MLP by one product in and one out, and nothing put together between."""
         attention, mlp = self.attention, self.mlp
-        dtype = compute_dtype(y, attention.query, attention.key, attention.value, mlp.up)
+        heads = (attention.query, attention.key, attention.value)
+        modules = (*heads, mlp.up, attention.out, mlp.down)
+        dtype = compute_dtype(y, *modules)
         (query, _), (key, _), (value, _), (up, bias), (out, out_bias), (down, down_bias) = (
-            parameters_of(module, dtype)
-            for module in (
-                attention.query,
-                attention.key,
-                attention.value,
-                mlp.up,
-                attention.out,
-                mlp.down,
-            )
+            parameters_of(module, dtype) for module in modules
         )
         scales = scales_of(attention.norms)
         return dense.between(

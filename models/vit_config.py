@@ -7,9 +7,10 @@ code nor weights.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 Norm = Literal["ln", "rms"]
+Attend = Literal["xla", "pallas_tpu"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Config:
     epsilon: float = 1e-6
     head_bias: float = 0.0
     dtype: str = "bfloat16"
-    attention: Literal["xla", "pallas_tpu"] | None = None
+    attention: Attend | None = None
     remat: Literal["full", "dots", "products"] | None = None
     unroll: int = 1
 
@@ -108,7 +109,7 @@ class Config:
         for field, known in (
             ("pool", ("map", "gap", "cls")),
             ("activation", ("gelu_tanh", "gelu")),
-            ("attention", (None, "xla", "pallas_tpu")),
+            ("attention", (None, *get_args(Attend))),
         ):
             if getattr(self, field) not in known:
                 raise ValueError(f"{field}={getattr(self, field)!r} is none of {known}")

@@ -19,7 +19,9 @@ from models.attend import attend, pallas_tpu
 from models.capture import Capture
 from models.norm import Norm
 
-from .helpers import needs_compiler, quick
+from .helpers import needs_compiler
+from .vits import apply, compiled, images, parameters
+from .vits import with_gradients as of_model
 
 pytestmark = pytest.mark.slow
 
@@ -72,7 +74,7 @@ def both(choice, kind, layout=None):
 
 
 def with_gradients(choice, kind, arrays, layout=None):
-    return jax.jit(both(choice, kind, layout), compiler_options=quick())(arrays)
+    return compiled(both(choice, kind, layout))(arrays)
 
 
 def exactly(kind, arrays):
@@ -164,36 +166,13 @@ BLOCKS = vit.Config(
 )
 
 
-@functools.cache
-def parameters():
-    abstract = nnx.eval_shape(lambda: vit.ViT(BLOCKS, layout=None, rngs=nnx.Rngs(0)))
-    rng = np.random.default_rng(5)
-
-    def random(path, variable):
-        values = 0.05 * rng.normal(size=variable.shape) + (path[-1] == "scale")
-        return path, variable.replace(np.asarray(values, np.float32))
-
-    return nnx.from_flat_state(random(*entry) for entry in nnx.to_flat_state(nnx.state(abstract)))
-
-
-def model(config, layout=None, **options):
-    abstract = nnx.eval_shape(lambda: vit.ViT(config, layout=layout, rngs=nnx.Rngs(0)))
-    graph = nnx.graphdef(abstract)
-    return lambda state, x: nnx.merge(graph, state)(x, **options)
+SPREAD = 0.05  # of the parameters: wide layers, so that logits are of order 1
 
 
 def trained(layout=None, **changes):
     """Logits and gradients of the parallel blocks."""
-    config = dataclasses.replace(BLOCKS, **changes)
-
-    def loss(state, x):
-        y = model(config, layout)(state, x)
-        return jnp.mean(jnp.square(y - 1)), y
-
-    x = np.random.default_rng(1).normal(size=(8, 32, 64, 3)).astype(np.float32)
-    both = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True), compiler_options=quick())
-    (_, y), gradients = both(parameters(), x)
-    return np.asarray(y), jax.tree.map(np.asarray, gradients)
+    run = compiled(of_model(dataclasses.replace(BLOCKS, **changes), layout))
+    return jax.tree.map(np.asarray, run(parameters(BLOCKS, SPREAD), images(BLOCKS)))
 
 
 @functools.cache
@@ -227,14 +206,14 @@ def test_the_parallel_block_side_by_side(sizes, options, remat):
 
 def test_what_is_to_be_seen_of_it_takes_the_other_way():
     """Logits exist only outside the kernel."""
-    x = np.zeros((1, 32, 64, 3), np.float32)
+    state, x = parameters(BLOCKS, SPREAD), images(BLOCKS, batch=1)
+    named = dataclasses.replace(BLOCKS, attention="pallas_tpu")
     asked = ("block_0/attention_logits", "block_1/mlp_hidden")
     with pytest.raises(NotImplementedError, match="it never makes attention_logits"):
-        model(dataclasses.replace(BLOCKS, attention="pallas_tpu"), capture=asked)(parameters(), x)
-    named = dataclasses.replace(BLOCKS, attention="pallas_tpu")
-    _, found = jax.eval_shape(model(named, capture=("block_1/mlp_hidden",)), parameters(), x)
+        apply(named, capture=asked)(state, x)
+    _, found = jax.eval_shape(apply(named, capture=("block_1/mlp_hidden",)), state, x)
     assert found["block_1/mlp_hidden"].shape == (1, 128, 1024)
-    _, found = jax.eval_shape(model(BLOCKS, capture=asked), parameters(), x)
+    _, found = jax.eval_shape(apply(BLOCKS, capture=asked), state, x)
     assert found["block_0/attention_logits"].shape == (1, 4, 128, 128)
 
 

@@ -458,9 +458,14 @@ def test_a_second_folder_in_the_same_process_is_refused(tmp_path):
     open_folder(tmp_path).close()
 
 
+def far(**owner):
+    """What a job of another host writes into a lock's file."""
+    return json.dumps({"pid": 1, "host": "far", "started": "then"} | owner)
+
+
 def left_by(path, **owner):
     """A lock's file, as a job left it."""
-    (path / "lock").write_text(json.dumps({"pid": 1, "host": "far", "started": "then"} | owner))
+    (path / "lock").write_text(far(**owner))
 
 
 def test_a_job_on_another_host_that_counts_is_alive(tmp_path):
@@ -473,8 +478,7 @@ def test_a_job_on_another_host_that_counts_is_alive(tmp_path):
         # In place, as a holder does: the file is never empty, and never another one.
         with open(tmp_path / "lock", "r+b", buffering=0) as file:
             for number in itertools.count(1):
-                text = json.dumps({"pid": 1, "host": "far", "started": "then", "count": number})
-                os.pwrite(file.fileno(), text.ljust(size).encode(), 0)
+                os.pwrite(file.fileno(), far(count=number).ljust(size).encode(), 0)
                 if stop.wait(0.01):
                     return
 

@@ -18,22 +18,18 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bench.predicted.slices import compile_only, tpu_slice
-from collective_matmul.inspect import bundles, kernels
+from collective_matmul.inspect import bundles, costs, kernels
 from collective_matmul.inspect.hlo import parse
 from collective_matmul.inspect.overlap import text_of
 
 _WIDTHS = (2, 4, 8, 16, 32, 64)
 # HLO's names of dtypes where they are not numpy's.
 DTYPES = {
+    **costs.DTYPES,
     **{f"s{width}": f"int{width}" for width in _WIDTHS},
     **{f"u{width}": f"uint{width}" for width in _WIDTHS},
     "pred": "bool",
-    "bf16": "bfloat16",
-    "f16": "float16",
-    "f32": "float32",
     "f8e4m3": "float8_e4m3",
-    "f8e4m3fn": "float8_e4m3fn",
-    "f8e5m2": "float8_e5m2",
     "f8e8m0fnu": "float8_e8m0fnu",
     "f4e2m1fn": "float4_e2m1fn",
 }

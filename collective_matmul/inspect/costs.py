@@ -62,7 +62,7 @@ NOT_BY_BYTES = {
 STREAM = 0.78
 _SLICES = {"slice", "dynamic-slice", "gather"}
 _VIEWS = {"bitcast", "reshape", "get-tuple-element"}
-_DTYPES = {
+DTYPES = {
     "bf16": "bfloat16",
     "f16": "float16",
     "f32": "float32",
@@ -216,7 +216,7 @@ def _peak(module: Module, instruction: Instruction, chip: Chip) -> float | None:
     if instruction.opcode in ("dot", "convolution", "custom-call"):
         operands = module.operands(instruction)[:2]
         dtypes = [array.dtype for operand in operands for array in operand.result]
-        rates = [hardware.peak(chip, jnp.dtype(_DTYPES[d])) for d in dtypes if d in _DTYPES]
+        rates = [hardware.peak(chip, jnp.dtype(DTYPES[d])) for d in dtypes if d in DTYPES]
         return min((rate for rate in rates if rate), default=None)
     for inside in module.callees(instruction):
         for each in inside.instructions:

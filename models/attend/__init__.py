@@ -6,20 +6,19 @@ pallas_tpu  one kernel, one more for the gradient; self-attention on TPU
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from collective_matmul import Layout
+from collective_matmul.layout import typed
 from collective_matmul.varying import varying_like
 from models.attend import pallas_tpu, xla
 from models.capture import Capture
 from models.norm import Norm
-
-Choice = Literal["xla", "pallas_tpu"] | None
-CHOICES: tuple[Choice, ...] = (None, "xla", "pallas_tpu")
+from models.vit_config import Attend
 
 INSIDE = ("query", "key", "attention_logits", "attention_logit_max", "attention_entropy")
 """What the kernel never makes."""
@@ -31,7 +30,7 @@ def attend(
     value: jax.Array,
     norms: tuple[Norm, Norm] | None,
     *,
-    choice: Choice,
+    choice: Attend | None,
     layout: Layout | None,
     capture: Capture,
 ) -> jax.Array:
@@ -68,7 +67,7 @@ def kernel_for(
     key: Any,
     norms: tuple[Norm, Norm] | None,
     *,
-    choice: Choice,
+    choice: Attend | None,
     layout: Layout | None,
     capture: Capture,
 ) -> pallas_tpu.Kernel | None:
@@ -132,9 +131,7 @@ def _on_devices(
     if layout is None:
         return body(query, key, value, scales)
     at = layout.hidden(4, 3)
-    if AxisType.Explicit in layout.mesh.axis_types:  # where arrays lie is part of their type there
-        place = NamedSharding(layout.mesh, at)
-        query, key, value = (jax.sharding.reshard(x, place) for x in (query, key, value))
+    query, key, value = typed(layout, (query, key, value), (at, at, at))
     return jax.shard_map(
         body,
         mesh=layout.mesh,

@@ -6,6 +6,7 @@ global view; `explain` says what a call would do, and why.
 
 from collective_matmul import algorithms, backends, dense, hardware
 from collective_matmul.collectives import all_gather, reduce_scatter
+from collective_matmul.compiling import compiler_options
 from collective_matmul.einsum import all_gather_matmul, collective_einsum, matmul_reduce_scatter
 from collective_matmul.explain import explain
 from collective_matmul.layout import Layout
@@ -20,6 +21,7 @@ __all__ = [
     "all_gather_matmul",
     "backends",
     "collective_einsum",
+    "compiler_options",
     "dense",
     "explain",
     "hardware",

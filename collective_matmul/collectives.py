@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import numpy as np
 
+from collective_matmul import stepwise
 from collective_matmul.arguments import Call, axis_size, common_dtype, wire_dtype_of
 from collective_matmul.duality import run
 from collective_matmul.operation import (
@@ -17,6 +19,7 @@ from collective_matmul.operation import (
     scatter_term,
 )
 from collective_matmul.spec import Spec
+from collective_matmul.steps import Steps
 
 
 def all_gather(
@@ -45,12 +48,7 @@ def all_gather(
     Raises:
       ValueError, NotImplementedError: as `collective_einsum`.
     """
-    t, spec = axis_size(axis_name), _spec(x, dim)
-    term = gather_term(spec, Operand.of(x), None, spec.lhs[dim], t, np.dtype(x.dtype))
-    op = Operation(
-        "gather", spec.lhs[dim], (term,), axis_name, t,
-        wire_dtype=wire_dtype_of(term.out.dtype, wire_dtype), algorithm=algorithm, backend=backend,
-    )  # fmt: skip
+    op = _gather_of(x, axis_name, dim, algorithm, backend, wire_dtype)
     result = run(Call(op, (x,), (None,), single=True))
     assert isinstance(result, jax.Array)
     return result
@@ -92,7 +90,65 @@ def reduce_scatter(
     return result
 
 
-def _spec(x: jax.Array, dim: int) -> Spec:
+@dataclasses.dataclass(frozen=True)
+class Fetch:
+    """`all_gather` and its gradient as journeys, for a rule of one's own that puts them somewhere.
+
+    Args:
+      op: the bare gather; see `of`.
+    """
+
+    op: Operation
+
+    @classmethod
+    def of(
+        cls,
+        x: Any,
+        axis_name: AxisName,
+        *,
+        dim: int,
+        algorithm: str | None = None,
+        backend: str | None = None,
+        wire_dtype: Any = None,
+    ) -> Fetch:
+        """The fetch of arrays such as x, which may be abstract; arguments as of `all_gather`."""
+        return cls(_gather_of(x, axis_name, dim, algorithm, backend, wire_dtype))
+
+    @property
+    def result(self) -> Operand:
+        """Shape and dtype of the whole."""
+        return self.op.terms[0].out
+
+    def arrive(self, x: jax.Array) -> Steps[Any]:
+        """What arrives of all shards, by steps."""
+        return stepwise.arrive(self.op, x)
+
+    def whole(self, arrived: Any) -> jax.Array:
+        """What arrived, put together."""
+        return stepwise.assembled(self.op, arrived)
+
+    def total(self, dy: jax.Array) -> Steps[jax.Array]:
+        """The gradient: this device's shard of the sum of all dy, by steps."""
+        return stepwise.scatter(self.op.dual_of_moved(), (dy,), (None,))
+
+
+def _gather_of(
+    x: Any,
+    axis_name: AxisName,
+    dim: int,
+    algorithm: str | None,
+    backend: str | None,
+    wire_dtype: Any,
+) -> Operation:
+    t, spec = axis_size(axis_name), _spec(x, dim)
+    term = gather_term(spec, Operand.of(x), None, spec.lhs[dim], t, np.dtype(x.dtype))
+    return Operation(
+        "gather", spec.lhs[dim], (term,), axis_name, t,
+        wire_dtype=wire_dtype_of(term.out.dtype, wire_dtype), algorithm=algorithm, backend=backend,
+    )  # fmt: skip
+
+
+def _spec(x: Any, dim: int) -> Spec:
     if not isinstance(dim, int):
         raise TypeError(f"dim is the number of a dimension, got {dim!r}")
     if not -x.ndim <= dim < x.ndim:

@@ -144,7 +144,7 @@ def _fewest_hops(op: Operation, options: list[Estimate]) -> Estimate:
     halves, the weights and gradients of ViT-22B's step (v4, fsdp = 16) cost it 34 ms less.
     """
     best = options[0]
-    if any(term.rhs for term in op.terms):
+    if not op.bare:
         return best
     near = [x for x in options if x.total <= (1 + GAIN_OF_FEWER) * best.total]
     return min(near, key=lambda x: x.steps)
@@ -295,7 +295,7 @@ def _product_time(op: Operation, term: Term, rows: int, chip: hardware.Chip) -> 
     traffic = m * k * term.lhs.dtype.itemsize + k * n * term.rhs.dtype.itemsize
     traffic += m * n * term.out.dtype.itemsize
     accumulates = op.letter not in term.spec.out and rows < op.shard_size * op.t
-    extra = m * n * wide.itemsize if accumulates else 0
+    extra = 2 * m * n * wide.itemsize if accumulates else 0  # written, and read to be added
     roofline = max(2 * math.prod(padded) / rate, traffic / chip.hbm_bandwidth)
     launch = chip.permute_latency  # v5e: 14 half-size products cost 67 us more than 7 whole ones
     return batch * (roofline + extra / chip.hbm_bandwidth) + launch

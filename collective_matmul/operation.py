@@ -98,6 +98,11 @@ class Operation:
         return term.out.shape[term.spec.out.index(self.letter)]
 
     @property
+    def bare(self) -> bool:
+        """Whether nothing is multiplied: it is the collective alone."""
+        return all(term.rhs is None for term in self.terms)
+
+    @property
     def beside_explicit_axes(self) -> bool:
         """Whether axes that are not manual here cut the operands by type."""
         operands = (x for term in self.terms for x in (term.lhs, term.rhs, term.out))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +95,7 @@ class ParallelBlock(nnx.Module):
         """From and to `[b@data, s@tensor, d]` or `[b@data, s, d@tensor]`."""
         attention, mlp = self.attention, self.mlp
         y = self.norm(x)
-        kernel = self._kernel(y, capture)
+        kernel = self.kernel_for(y, capture)
         if kernel is not None:
             return capture("output", x + self._beside(y, kernel))
         query, key, value, hidden = gathered(
@@ -104,7 +105,7 @@ class ParallelBlock(nnx.Module):
         hidden = mlp.activation(capture("mlp_hidden", hidden))
         return capture("output", x + nn.row((heads, hidden), attention.out, mlp.down))
 
-    def _kernel(self, y: jax.Array, capture: Capture) -> Kernel | None:
+    def kernel_for(self, y: jax.Array, capture: Capture) -> Kernel | None:
         """The attention's, if all between the two products may lie side by side."""
         attention, layout = self.attention, self.mlp.up.layout
         unseen = not any(map(capture.wanted, ("value", "attention_output", "mlp_hidden")))
@@ -114,8 +115,8 @@ class ParallelBlock(nnx.Module):
         heads = jax.ShapeDtypeStruct((*y.shape[:2], *attention.query.out_features), y.dtype)
         return attention.kernel_for(heads, heads, capture)
 
-    def _beside(self, y: jax.Array, kernel: Kernel) -> jax.Array:
-        """Attention and MLP by one product in and one out, and nothing put together between."""
+    def parts(self, y: Any) -> dense.Parts:
+        """What the products and what is between them take, in the dtype that y is cast to."""
         attention, mlp = self.attention, self.mlp
         heads = (attention.query, attention.key, attention.value)
         modules = (*heads, mlp.up, attention.out, mlp.down)
@@ -123,16 +124,27 @@ class ParallelBlock(nnx.Module):
         (query, _), (key, _), (value, _), (up, bias), (out, out_bias), (down, down_bias) = (
             parameters_of(module, dtype) for module in modules
         )
-        scales = scales_of(attention.norms)
+        return dense.Parts(
+            kernels_in=(jnp.concatenate((query, key, value), axis=-1), up),
+            kernels_out=(out, down),
+            bias=sum_of([down_bias, out_bias]),
+            before=nnx.to_pure_dict(nnx.state(self.norm)),
+            middle=(bias, scales_of(attention.norms)),
+        )
+
+    def _beside(self, y: jax.Array, kernel: Kernel) -> jax.Array:
+        """Attention and MLP by one product in and one out, and nothing put together between."""
+        parts = self.parts(y)
+        _, scales = parts.middle
         return dense.between(
-            y.astype(dtype),
-            (jnp.concatenate((query, key, value), axis=-1), up),
-            (out, down),
-            (bias, scales),
-            sum_of([down_bias, out_bias]),
-            middle=functools.partial(middle, kernel, mlp.activation),
-            operand_specs=lambda at: (at.column_bias(), jax.tree.map(lambda _: P(), scales)),
-            layout=mlp.up.layout,
+            y.astype(parts.kernels_in[0].dtype),
+            parts.kernels_in,
+            parts.kernels_out,
+            (parts.middle,),
+            parts.bias,
+            middle=middle(kernel, self.mlp.activation).apart(),
+            operand_specs=lambda at: ((at.column_bias(), jax.tree.map(lambda _: P(), scales)),),
+            layout=self.mlp.up.layout,
             name=PRODUCT,
             check_vma=not kernel.interpret,
         )

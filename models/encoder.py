@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 
 from collective_matmul import Layout
+from models import ahead
 from models.attention import PRODUCT
 from models.block import ParallelBlock, StandardBlock, make_norm
 from models.capture import Capture
@@ -21,7 +22,8 @@ REMAT: dict[str, Callable[..., Any]] = {
 }
 """What the backward pass finds saved of a block, beside its input: nothing, so that the block runs
 again; the results of all matrix multiplies; or the results of the collective ones, so that nothing
-travels twice for it, and only norms, attention and activation are computed again."""
+travels twice for it, and only norms, attention and activation are computed again. Parallel blocks
+whose attention has a kernel then also fetch their weights a block ahead, see `models.ahead`."""
 
 
 class Encoder(nnx.Module):
@@ -54,25 +56,34 @@ class Encoder(nnx.Module):
 
         What is captured of any layer, the scan keeps of all layers.
         """
-        graph, parameters = nnx.split(self.blocks)
-        names: list[str] = []
 
         def wanted(name: str) -> bool:
             return any(capture.wanted(f"block_{i}/{name}") for i in range(self.depth))
 
+        of_layer = Capture(wanted)
+        y = ahead.blocks(self.blocks, x, of_layer) if self.remat == "products" else None
+        if y is None:
+            y, of_layer = self._scanned(x, wanted)
+        for i in range(self.depth):
+            for name in of_layer.names:
+                full = f"block_{i}/{name}"
+                if capture.wanted(full):
+                    capture.found[full] = of_layer.found[name][i]
+                capture.names.append(full)
+        return capture("encoded", self.norm(y))
+
+    def _scanned(self, x: jax.Array, wanted: Callable[[str], bool]) -> tuple[jax.Array, Capture]:
+        """x through all blocks, and what was captured of them, stacked."""
+        graph, parameters = nnx.split(self.blocks)
+        of_all = Capture(wanted)
+
         def body(x: jax.Array, parameters: nnx.State) -> tuple[jax.Array, dict[str, jax.Array]]:
             of_layer = Capture(wanted)
             x = nnx.merge(graph, parameters)(x, of_layer)
-            names[:] = of_layer.names
+            of_all.names[:] = of_layer.names
             return x, of_layer.found
 
         if self.remat is not None:
             body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=self.unroll > 1)
-        x, found = jax.lax.scan(body, x, parameters, unroll=self.unroll)
-        for i in range(self.depth):
-            for name in names:
-                full = f"block_{i}/{name}"
-                if capture.wanted(full):
-                    capture.found[full] = found[name][i]
-                capture.names.append(full)
-        return capture("encoded", self.norm(x))
+        x, of_all.found = jax.lax.scan(body, x, parameters, unroll=self.unroll)
+        return x, of_all

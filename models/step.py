@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from collective_matmul import compiler_options
 from models import accumulate, ema, guard, optim, statistics
 from models.config import Config
 from models.loss import classify, counted
@@ -158,9 +159,16 @@ def jitted_training(graph: Any, config: Config, state: State) -> Any:
       config: the run.
     """
     places = jax.tree.map(lambda x: x.sharding, state)
-    of_params = None if places.step is None else places.params
+    of_params, mesh = None, None
+    if places.step is not None:
+        of_params, mesh = places.params, getattr(places.step, "mesh", None)
     step = functools.partial(train_step, graph=graph, config=config, places=of_params)
-    return jax.jit(step, donate_argnums=0, out_shardings=(places, places.step))
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(places, places.step),
+        compiler_options=compiler_options(mesh),
+    )
 
 
 def compile_training(graph: Any, config: Config, state: State, batch: Placed) -> Any:

@@ -63,7 +63,7 @@ def test_there_are_tpus():
 def test_large_products_are_decomposed_and_tiny_ones_are_not(chip, mode):
     # What is accumulated, or travels as a sum, is as large as the result: that pays where much is
     # contracted for it.
-    sums = mode in ("contract", "scatter")
+    sums = mode in ("contract", "weights", "scatter")
     sizes = (8192, 24576, 6144) if sums else (8192, 6144, 24576)
     large = explained(mode, *sizes, 8, chip=chip)
     assert backends.get(large.chosen.plan.backend).decomposes

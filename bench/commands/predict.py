@@ -21,13 +21,11 @@ from bench.predicted.baselines import Baseline
 from bench.predicted.comparison import Row, as_dicts, compare, table, tell, winner
 from bench.predicted.keeping import keep
 from bench.predicted.prediction import Prediction, accuracy, predict
-from bench.predicted.programs import Program, training_step
+from bench.predicted.programs import Program, vit_step
 from bench.predicted.slices import chip_of, compile_only, tpu_slice
 from collective_matmul import make_mesh
 from collective_matmul.mesh import AXES
 from models import vit
-from models.config import Config
-from models.optim import Optim
 
 MODELS = {"vit_22b": "22B/14"}
 IMAGES = 64  # a device, by default: ViT-22B trained with 65,536 on 1,024
@@ -153,15 +151,7 @@ def _program(asked: Options, devices: Any, sizes: tuple[int, int, int], row: Bas
         remat=None if asked.remat == "none" else asked.remat,
         **changes,
     )
-    data, fsdp, tensor = layout.mesh.devices.shape
-    config = Config(
-        model=model,
-        optim=Optim(),
-        steps=177_000,  # ViT-22B's; the schedule's numbers do not change what is compiled
-        batch=_batch(asked, devices),
-        mesh=(data, fsdp, tensor),
-    )
-    return training_step(config, layout)
+    return vit_step(model, layout, _batch(asked, devices))
 
 
 def _sizes(text: str, devices: Any) -> tuple[int, int, int]:

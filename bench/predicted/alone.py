@@ -81,7 +81,11 @@ def _compiled(asked: dict[str, Any]) -> str:
     )
     # Nothing tells jax how the results of a kernel vary over the mesh.
     mapped = jax.shard_map(
-        lambda *arrays: call(*arrays), mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False
+        lambda *arrays: call(*(arrays[i] for i in asked["taken"])),
+        mesh=mesh,
+        in_specs=P(),
+        out_specs=P(),
+        check_vma=False,
     )
     compiled = jax.jit(mapped).lower(*operands).compile(compiler_options=asked["options"])
     (made,) = kernels.pallas(parse(text_of(compiled)))

@@ -43,11 +43,14 @@ class Kernel:
 
     Args:
       configuration: JSON; the program of the kernel is in it.
-      operands, results: (dtype as HLO writes it, shape).
+      operands, results: (dtype as HLO writes it, shape). An array that is there more than once is
+        one operand.
+      taken: which operand each argument of the kernel is.
     """
 
     configuration: str
     operands: tuple[tuple[str, tuple[int, ...]], ...]
+    taken: tuple[int, ...]
     results: tuple[tuple[str, tuple[int, ...]], ...]
 
 
@@ -142,8 +145,15 @@ def kernel_of(module: Module, instruction: Instruction) -> Kernel:
     except json.JSONDecodeError as error:
         raise ValueError(f"its configuration in the program's text is no JSON ({error})") from error
     given = {name: told[name] for name in _GIVEN if told.get(name)}
-    operands = (array for each in module.operands(instruction) for array in each.result)
-    return Kernel(json.dumps(given, sort_keys=True), _types(operands), _types(instruction.result))
+    arguments = module.operands(instruction)
+    operands = {each.name: each for each in arguments}
+    names = list(operands)
+    return Kernel(
+        json.dumps(given, sort_keys=True),
+        _types(array for each in operands.values() for array in each.result),
+        tuple(names.index(each.name) for each in arguments),
+        _types(instruction.result),
+    )
 
 
 @functools.cache

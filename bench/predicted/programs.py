@@ -21,6 +21,7 @@ from bench.work import Work, hardware_work, model_work
 from collective_matmul import Layout
 from models import step, vit
 from models.config import Config
+from models.optim import Optim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,25 @@ class Program:
     hardware: Work
     dtype: str
     tokens: int = 0
+
+
+def vit_step(model: vit.Config, layout: Layout, batch: int) -> Program:
+    """`training_step` of a model by the default recipe, as long as ViT-22B's.
+
+    Args:
+      model: what is trained.
+      layout: where arrays lie, and what moves them.
+      batch: images of a step, on all devices.
+    """
+    data, fsdp, tensor = layout.mesh.axis_sizes
+    config = Config(
+        model=model,
+        optim=Optim(),
+        steps=177_000,  # the schedule's numbers do not change what is compiled
+        batch=batch,
+        mesh=(data, fsdp, tensor),
+    )
+    return training_step(config, layout)
 
 
 def training_step(config: Config, layout: Layout) -> Program:

@@ -7,7 +7,13 @@ A backend is a module with
     gather(op, plan, moved, others) -> tuple of results, one a term
     scatter(op, plan, lhs, rhs) -> this device's shard of the sum of the terms
 
-and must agree with `unfused` on everything that it does not refuse. `NAME+checked` is the backend
+and and, if it can be run in steps (see `collective_matmul.steps`),
+
+    gather_steps, scatter_steps       the same as generators
+    arrive(op, plan, moved)           a bare gather's journey, to a list of arrays
+    assembled(op, plan, arrivals)     what those are together
+
+It must agree with `unfused` on everything that it does not refuse. `NAME+checked` is the backend
 NAME, with a column checksum of all that it computes; it runs only where it is named.
 """
 
@@ -18,12 +24,14 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
 
 from collective_matmul.backends._checked import SUFFIX, Checked
 from collective_matmul.operation import Operation, Plan
+from collective_matmul.slab import Slab
+from collective_matmul.steps import Steps
 
 
 class Backend(Protocol):
@@ -43,6 +51,32 @@ class Backend(Protocol):
         self, op: Operation, plan: Plan, lhs: Sequence[jax.Array], rhs: Sequence[jax.Array | None]
     ) -> jax.Array:
         """`y = S(sum_i x_i . w_i)`."""
+
+
+@runtime_checkable
+class Stepwise(Backend, Protocol):
+    """A backend whose operations can be run in steps."""
+
+    def gather_steps(
+        self,
+        op: Operation,
+        plan: Plan,
+        moved: jax.Array,
+        others: Sequence[jax.Array | None],
+        into: Slab | None,
+    ) -> Steps[tuple[Any, ...]]:
+        """`gather`, its one result written into a slab if there is one."""
+
+    def scatter_steps(
+        self, op: Operation, plan: Plan, lhs: Sequence[jax.Array], rhs: Sequence[jax.Array | None]
+    ) -> Steps[jax.Array]:
+        """`scatter`."""
+
+    def arrive(self, op: Operation, plan: Plan, moved: jax.Array) -> Steps[list[jax.Array]]:
+        """A bare gather's journey: what has arrived in the end."""
+
+    def assembled(self, op: Operation, plan: Plan, arrivals: list[jax.Array]) -> jax.Array:
+        """What arrived, put together."""
 
 
 @functools.cache

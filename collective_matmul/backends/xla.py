@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,7 +20,9 @@ from jax import lax
 from collective_matmul.lanes import WHOLE, parts, permutation, rounds
 from collective_matmul.operation import Operand, Operation, Plan, Term, explicit_sharding
 from collective_matmul.product import product, sum_of_products
+from collective_matmul.slab import Slab
 from collective_matmul.spec import Spec
+from collective_matmul.steps import Steps, finish
 from collective_matmul.varying import varying_like
 
 decomposes = True
@@ -36,25 +38,51 @@ def gather(
     op: Operation, plan: Plan, moved: jax.Array, others: Sequence[jax.Array | None]
 ) -> tuple[jax.Array, ...]:
     """`y_i = G(x) . w_i`, a product (or a copy into the assembled operand) at every arrival."""
-    arrivals = _arrivals(op, plan, moved)
-    whole = None
-    results = []
-    for term, other in zip(op.terms, others, strict=True):
-        if op.letter in term.spec.out:
-            result = _filled(op, term, other, arrivals)
-        elif plan.fat:
-            whole = _filled(op, _bare(op), None, arrivals) if whole is None else whole
-            result = product(term.spec, whole, other, term.out, op.precision)
-        else:
-            result = _accumulated(op, term, other, arrivals)
-        results.append(result.astype(term.out.dtype))
-    return tuple(results)
+    return finish(gather_steps(op, plan, moved, others))
 
 
 def scatter(
     op: Operation, plan: Plan, lhs: Sequence[jax.Array], rhs: Sequence[jax.Array | None]
 ) -> jax.Array:
     """`y = S(sum_i x_i . w_i)`: sums set out from afar and gain a product at every device."""
+    return finish(scatter_steps(op, plan, lhs, rhs))
+
+
+def gather_steps(
+    op: Operation,
+    plan: Plan,
+    moved: jax.Array,
+    others: Sequence[jax.Array | None],
+    into: Slab | None = None,
+) -> Steps[tuple[Any, ...]]:
+    """`gather`, which yields after each product what it made, and what the next one uses.
+
+    With `into` the one result is written there, and is returned as that slab.
+    """
+    arrivals = finish(arrive(op, plan, moved))
+    whole = None
+    results = []
+    for term, other in zip(op.terms, others, strict=True):
+        if op.letter in term.spec.out:
+            result = yield from _filled(op, plan, term, other, arrivals, into)
+        elif plan.fat:
+            if whole is None:
+                whole = assembled(op, plan, arrivals)
+            result = product(term.spec, whole, other, term.out, op.precision)
+            result, whole = yield result, whole
+        else:
+            result = yield from _accumulated(op, plan, term, other, arrivals)
+        results.append(result if into else result.astype(term.out.dtype))
+    return tuple(results)
+
+
+def scatter_steps(
+    op: Operation, plan: Plan, lhs: Sequence[jax.Array], rhs: Sequence[jax.Array | None]
+) -> Steps[jax.Array]:
+    """`scatter`, which yields after each product what it made, and what the next one uses.
+
+    A bare one has nothing to multiply; it is a journey, and yields the sums in flight.
+    """
     shard, wire, out = op.shard_size, op.travelling.dtype, op.terms[0].out
     sums: dict[int, jax.Array] = {}  # by lane, what came in on its last hop
     for hop, moving in reversed(list(rounds(plan.lanes))):
@@ -66,16 +94,21 @@ def scatter(
                 piece = Piece(-lane.shift * hop, start, stop - start)
                 after = fresh if len(moving) > 1 else None
                 total = _partial(op, lhs, rhs, piece, sums.get(i), after, plan.whole)
+                total, lhs = (total, lhs) if op.bare else (yield total, lhs)
                 if i not in sums:
                     fresh.append(total)
                 back = permutation(-lane.shift, op.t)
                 sums[i] = lax.ppermute(total.astype(wire), op.axis_name, back)
+        sums = (yield sums) if op.bare else sums
 
     pieces = []
     for part in parts(plan.lanes):
         start, stop = part.bounds(shard)
         if start < stop:
             own = _partial(op, lhs, rhs, Piece(0, start, stop - start), None, None, whole=False)
+            own, lhs = (own, lhs) if op.bare else (yield own, lhs)
+            if sums:  # else XLA adds within the own product, which then waits for the last hop
+                own, sums = lax.optimization_barrier((own, sums))
             home = (x for i, x in sums.items() if plan.lanes[i].part == part)
             pieces.append(functools.reduce(operator.add, (x.astype(own.dtype) for x in home), own))
     dim = op.terms[0].spec.out.index(op.letter)
@@ -125,65 +158,84 @@ def _partial(
     return total + arrived.astype(total.dtype)
 
 
-def _arrivals(op: Operation, plan: Plan, moved: jax.Array) -> list[tuple[Piece, jax.Array]]:
-    """Every chunk that this device gets to see, its own shard first, in order of arrival."""
+def arrive(op: Operation, plan: Plan, moved: jax.Array) -> Steps[list[jax.Array]]:
+    """Every chunk that this device gets to see, in order: its own shard, then what arrives.
+
+    A journey: it yields what has just arrived, by lane.
+    """
     dim, shard = op.terms[0].spec.lhs.index(op.letter), op.shard_size
-    arrivals = [(Piece(0, 0, shard), moved)]
+    arrivals = [moved]
     held = {}
     for i, lane in enumerate(plan.lanes):
         start, stop = lane.part.bounds(shard)
         if start < stop:
-            held[i] = (
-                moved if lane.part == WHOLE else lax.slice_in_dim(moved, start, stop, axis=dim)
-            )
-    for hop, moving in rounds(plan.lanes):
-        for i in moving:
-            if i in held:
-                lane = plan.lanes[i]
-                start, stop = lane.part.bounds(shard)
-                held[i] = lax.ppermute(held[i], op.axis_name, permutation(lane.shift, op.t))
-                arrivals.append((Piece(-lane.shift * hop, start, stop - start), held[i]))
+            whole = lane.part == WHOLE
+            held[i] = moved if whole else lax.slice_in_dim(moved, start, stop, axis=dim)
+    for _, moving in rounds(plan.lanes):
+        held = {i: x for i, x in held.items() if i in moving}
+        for i, x in held.items():
+            held[i] = lax.ppermute(x, op.axis_name, permutation(plan.lanes[i].shift, op.t))
+        held = yield held
+        arrivals += held.values()
     return arrivals
 
 
+def assembled(op: Operation, plan: Plan, arrivals: list[jax.Array]) -> jax.Array:
+    """The gathered operand, of what arrived."""
+    return finish(_filled(op, plan, _bare(op), None, arrivals))
+
+
+def _pieces(op: Operation, plan: Plan) -> list[Piece]:
+    """What the arrivals are."""
+    shard = op.shard_size
+    found = [Piece(0, 0, shard)]
+    for hop, moving in rounds(plan.lanes):
+        for i in moving:
+            start, stop = plan.lanes[i].part.bounds(shard)
+            if start < stop:
+                found.append(Piece(-plan.lanes[i].shift * hop, start, stop - start))
+    return found
+
+
 def _filled(
-    op: Operation, term: Term, other: jax.Array | None, arrivals: list[tuple[Piece, jax.Array]]
-) -> jax.Array:
+    op: Operation,
+    plan: Plan,
+    term: Term,
+    other: jax.Array | None,
+    arrivals: list[jax.Array],
+    into: Slab | None = None,
+) -> Steps[Any]:
     """A product whose result holds the letter: every arrival fills a slice of it."""
-    dim, result = term.spec.out.index(op.letter), None
-    for piece, chunk in arrivals:
+    dim, result = term.spec.out.index(op.letter), into
+    chunk: Any = arrivals[0]
+    for piece, ahead in zip(_pieces(op, plan), [*arrivals[1:], None], strict=True):
         right = other if other is None else _slice(op, other, term.spec.rhs or "", piece)
         value = product(term.spec, chunk, right, term.out, op.precision)
         value = value.astype(term.out.dtype)
-        if op.t == 1:
+        if op.t == 1 and into is None:
             return value
         if result is None:
             at = explicit_sharding(value)
             buffer = lax.empty(term.out.shape, term.out.dtype, out_sharding=at)
-            result = varying_like(buffer, value)
-        result = lax.dynamic_update_slice_in_dim(result, value, _first_row(op, piece), dim)
+            result = Slab.of(varying_like(buffer, value))
+        result = result.written(value, _first_row(op, piece), dim)
+        result, chunk = (result, ahead) if other is None else (yield result, ahead)
     assert result is not None
-    return result
+    return result if into else result.read()
 
 
 def _accumulated(
-    op: Operation, term: Term, other: jax.Array | None, arrivals: list[tuple[Piece, jax.Array]]
-) -> jax.Array:
+    op: Operation, plan: Plan, term: Term, other: jax.Array | None, arrivals: list[jax.Array]
+) -> Steps[jax.Array]:
     """A product that contracts the letter: every arrival adds its slice's product."""
     assert other is not None
-    return functools.reduce(
-        operator.add,
-        (
-            product(
-                term.spec,
-                chunk,
-                _slice(op, other, term.spec.rhs or "", piece),
-                term.out,
-                op.precision,
-            )
-            for piece, chunk in arrivals
-        ),
-    )
+    values, chunk = [], arrivals[0]
+    for piece, ahead in zip(_pieces(op, plan), [*arrivals[1:], None], strict=True):
+        right = _slice(op, other, term.spec.rhs or "", piece)
+        value = product(term.spec, chunk, right, term.out, op.precision)
+        value, chunk = yield value, ahead
+        values.append(value)
+    return functools.reduce(operator.add, values)
 
 
 def _bare(op: Operation) -> Term:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from collective_matmul import Layout
+from collective_matmul.compiling import on_tpu
 from collective_matmul.layout import typed
 from collective_matmul.varying import varying_like
 from models.attend import pallas_tpu, xla
@@ -80,8 +80,8 @@ def kernel_for(
     Raises:
       NotImplementedError: as `attend`.
     """
-    on_tpu = _on_tpu(layout)
-    if choice == "xla" or (choice is None and not on_tpu):
+    tpu = on_tpu(None if layout is None else layout.mesh)
+    if choice == "xla" or (choice is None and not tpu):
         return None
     refusal = _captured(capture) or pallas_tpu.refusal(query, key)
     if refusal and choice is None:
@@ -95,7 +95,7 @@ def kernel_for(
         head_dim=key.shape[3],
         centred=norms[0].centred if norms else None,
         epsilon=norms[0].epsilon if norms else 0.0,
-        interpret=not on_tpu,
+        interpret=not tpu,
     )
 
 
@@ -141,11 +141,3 @@ def _on_devices(
         # jax's interpreter of kernels slices by indices that have no type of what they vary over.
         check_vma=not kernel.interpret,
     )(query, key, value, scales)
-
-
-def _on_tpu(layout: Layout | None) -> bool:
-    if layout is None:
-        return jax.default_backend() == "tpu"
-    mesh = layout.mesh
-    device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else mesh.abstract_device
-    return device is not None and device.device_kind.startswith("TPU")

@@ -11,67 +11,59 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from collective_matmul.varying import varying_like
+from collective_matmul.dense import InPlace, Slab
 from models.attend.pallas_tpu import Kernel, Scales, attend_within, gradient_within
 
 Activation = Callable[[jax.Array], jax.Array]
+Operands = tuple[jax.Array, Scales | None]
 
 
-def middle(
-    kernel: Kernel, activation: Activation, wide: jax.Array, bias: jax.Array, scales: Scales | None
-) -> jax.Array:
-    """What is between a parallel block's two products.
+def middle(kernel: Kernel, activation: Activation) -> InPlace:
+    """What is between a parallel block's two products, of the wide product and (bias, scales).
+
+        wide    [b, s, h * 3 * d + f]
+        bias    [f], of the hidden units
+        scales  of the norms of queries and keys
+        y       [b, s, h * d + f]
 
     Args:
       kernel: of the attention.
       activation: of the MLP, elementwise.
-      wide: [b, s, h * 3 * d + f].
-      bias: [f], of the hidden units.
-      scales: of the norms of queries and keys.
-
-    Returns:
-      [b, s, h * d + f].
     """
-    bias, scales = jax.tree.map(lambda x: varying_like(x, wide), (bias, scales))
-    return _middle(kernel, activation, wide, bias, scales)
+    return InPlace(
+        functools.partial(_function, kernel, activation),
+        functools.partial(_gradient, kernel, activation),
+    )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _middle(
-    kernel: Kernel, activation: Activation, wide: jax.Array, bias: jax.Array, scales: Scales | None
-) -> jax.Array:
+def _function(kernel: Kernel, activation: Activation, wide: Slab, operands: Operands) -> jax.Array:
+    bias, scales = operands
     into, out_of = _ends(kernel)
-    hidden = _behind(wide, into) + _row(bias, wide)
+    hidden = wide.read(into)
+    hidden = hidden + _row(bias, hidden)
     y = attend_within(kernel, wide, scales, out_of + hidden.shape[-1])
     return _written(y, activation(hidden), out_of)
 
 
-def _forward(
-    kernel: Kernel, activation: Activation, wide: jax.Array, bias: jax.Array, scales: Scales | None
-) -> tuple[jax.Array, Any]:
-    return _middle(kernel, activation, wide, bias, scales), (wide, bias, scales)
-
-
-def _backward(kernel: Kernel, activation: Activation, saved: Any, dy: jax.Array) -> Any:
-    wide, bias, scales = saved
+def _gradient(
+    kernel: Kernel, activation: Activation, wide: Slab, operands: Operands, dy: jax.Array
+) -> tuple[jax.Array, Operands]:
+    bias, scales = operands
     into, out_of = _ends(kernel)
     dwide, dscales = gradient_within(kernel, wide, scales, dy)
-    hidden = _behind(wide, into) + _row(bias, wide)
+    hidden = wide.read(into)
+    hidden = hidden + _row(bias, hidden)
     (dhidden,) = jax.vjp(activation, hidden)[1](_behind(dy, out_of))
     dwide = _written(dwide, dhidden, into)
     # Summed from where it lies: an operation that made both would write the columns elsewhere.
     written = _behind(dwide, into)
     dbias = jnp.sum(written, axis=range(written.ndim - 1), dtype=jnp.float32).astype(bias.dtype)
-    return dwide, dbias, dscales
-
-
-_middle.defvjp(_forward, _backward)
+    return dwide, (dbias, dscales)
 
 
 def _ends(kernel: Kernel) -> tuple[int, int]:

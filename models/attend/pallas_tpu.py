@@ -27,6 +27,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from collective_matmul.dense import Slab
+
 LANES = 128
 MOST_BYTES = 384 * 1024
 """Of a head's queries, [s, d]: 1,536 tokens of 128 features in bfloat16, half as many in float32.
@@ -106,7 +108,7 @@ def _backward(kernel: Kernel, saved: Any, dy: jax.Array) -> tuple[Any, ...]:
 attend.defvjp(_forward, _backward)
 
 
-def attend_within(kernel: Kernel, wide: jax.Array, scales: Scales | None, width: int) -> jax.Array:
+def attend_within(kernel: Kernel, wide: Slab, scales: Scales | None, width: int) -> jax.Array:
     """The attention of heads whose queries, keys and values lie side by side, in a wider array.
 
     Args:
@@ -123,7 +125,7 @@ def attend_within(kernel: Kernel, wide: jax.Array, scales: Scales | None, width:
 
 
 def gradient_within(
-    kernel: Kernel, wide: jax.Array, scales: Scales | None, dy: jax.Array
+    kernel: Kernel, wide: Slab, scales: Scales | None, dy: jax.Array
 ) -> tuple[jax.Array, Scales | None]:
     """The gradient of `attend_within`.
 
@@ -141,20 +143,20 @@ def gradient_within(
 class _Heads(NamedTuple):
     """Where a grid step finds its head's query, key and value: in three arrays, or in one."""
 
-    arrays: list[jax.Array]  # without repetition
+    arrays: list[Slab]  # without repetition
     blocks: list[tuple[int, int]]  # of each of the three: (stride, offset) in heads' columns
     written: int  # heads' columns side by side in one array of the gradient
 
     @property
     def operands(self) -> list[jax.Array]:
-        return self.arrays * (3 // len(self.arrays))
+        return [array.stack for array in self.arrays] * (3 // len(self.arrays))
 
 
 def _apart(query: jax.Array, key: jax.Array, value: jax.Array) -> _Heads:
-    return _Heads([query, key, value], [(1, 0)] * 3, 1)
+    return _Heads([Slab.of(x) for x in (query, key, value)], [(1, 0)] * 3, 1)
 
 
-def _within(wide: jax.Array) -> _Heads:
+def _within(wide: Slab) -> _Heads:
     return _Heads([wide], [(3, 0), (3, 1), (3, 2)], 3)
 
 
@@ -204,23 +206,29 @@ def _call(
     b, s, _ = heads.arrays[0].shape
     d = kernel.head_dim
 
-    def columns(stride: int, offset: int, count: int = 1) -> pl.BlockSpec:
+    def of_slab(stride: int, offset: int) -> pl.BlockSpec:
         return pl.BlockSpec(
-            (1, s, count * d), lambda image, head: (image, 0, stride * head + offset)
+            (None, 1, s, d), lambda image, head, i: (i[0], image, 0, stride * head + offset)
         )
 
+    def columns(count: int = 1) -> pl.BlockSpec:
+        return pl.BlockSpec((1, s, count * d), lambda image, head, _: (image, 0, head))
+
     whole = pl.BlockSpec((1, d), lambda *_: (0, 0))
-    part = pl.BlockSpec((1, 1, 1, d), lambda image, head: (image, head, 0, 0))
+    part = pl.BlockSpec((1, 1, 1, d), lambda image, head, _: (image, head, 0, 0))
     size = b * s * kernel.heads * d * heads.arrays[0].dtype.itemsize
     return pl.pallas_call(
-        functools.partial(body, kernel),
-        grid=(b, kernel.heads),
-        in_specs=[
-            *(columns(*block) for block in heads.blocks),
-            *(columns(1, 0) for _ in others),
-            *(whole for _ in scales or ()),
-        ],
-        out_specs=[columns(1, 0, written) if len(out.shape) == 3 else part for out in outs],
+        lambda _, *refs: body(kernel, *refs),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(b, kernel.heads),
+            in_specs=[
+                *(of_slab(*block) for block in heads.blocks),
+                *(columns() for _ in others),
+                *(whole for _ in scales or ()),
+            ],
+            out_specs=[columns(written) if len(out.shape) == 3 else part for out in outs],
+        ),
         out_shape=outs,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         cost_estimate=pl.CostEstimate(
@@ -230,12 +238,12 @@ def _call(
         ),
         interpret=kernel.interpret,
         name=name,
-    )(*heads.operands, *others, *(scales or ()))
+    )(heads.arrays[0].i[None], *heads.operands, *others, *(scales or ()))
 
 
-def _like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+def _like(x: Slab, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     """Varies over the devices as x does."""
-    kind = jax.typeof(x).manual_axis_type
+    kind = jax.typeof(x.stack).manual_axis_type
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
 
 

@@ -88,6 +88,21 @@ def choose(op: Operation) -> Plan:
     return dataclasses.replace(ranked(op, chip)[0].plan, whole=chip.name in SLICING)
 
 
+def choose_journey(op: Operation) -> Plan:
+    """The plan of a bare collective with products to travel beside: lanes, of the fewest hops.
+
+    Alone the plain collective may be cheaper, but nothing can be put beside it. What is carried
+    into a loop is not held back `whole`: it would be copied.
+
+    Raises:
+      ValueError, NotImplementedError: as `choose`.
+    """
+    options = ranked(op, current_chip())
+    lanes = [x for x in options if backends.get(x.plan.backend).decomposes]
+    best = _fewest_hops(op, lanes) if lanes else options[0]
+    return dataclasses.replace(best.plan, whole=False)
+
+
 @functools.lru_cache(maxsize=4096)
 def ranked(op: Operation, chip: hardware.Chip) -> tuple[Estimate, ...]:
     """Every plan that honours the names in `op`, the one to run first, the others by their cost."""

@@ -6,7 +6,6 @@ has no steps runs an operation in one.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import jax
 
 from collective_matmul import backends
 from collective_matmul.arguments import Call
-from collective_matmul.cost import choose
+from collective_matmul.cost import choose, choose_journey
 from collective_matmul.operation import Operation
 from collective_matmul.slab import Slab
 from collective_matmul.steps import Steps
@@ -36,9 +35,7 @@ def gather(
 
 def scatter(op: Operation, lhs: Sequence[jax.Array], rhs: Others) -> Steps[jax.Array]:
     """`y = S(sum_i x_i . w_i)`."""
-    plan = choose(op)
-    if op.bare:  # what is carried into a loop is copied if it is held back whole
-        plan = dataclasses.replace(plan, whole=False)
+    plan = choose_journey(op) if op.bare else choose(op)
     backend = backends.get(plan.backend)
     if isinstance(backend, backends.Stepwise):
         return (yield from backend.scatter_steps(op, plan, lhs, rhs))
@@ -47,7 +44,7 @@ def scatter(op: Operation, lhs: Sequence[jax.Array], rhs: Others) -> Steps[jax.A
 
 def arrive(op: Operation, moved: jax.Array) -> Steps[list[jax.Array]]:
     """What a bare gather brings, for `assembled`."""
-    plan = choose(op)
+    plan = choose_journey(op)
     backend = backends.get(plan.backend)
     if isinstance(backend, backends.Stepwise):
         return (yield from backend.arrive(op, plan, moved))
@@ -56,7 +53,7 @@ def arrive(op: Operation, moved: jax.Array) -> Steps[list[jax.Array]]:
 
 def assembled(op: Operation, arrived: list[jax.Array]) -> jax.Array:
     """What a bare gather brought, put together."""
-    plan = choose(op)
+    plan = choose_journey(op)
     backend = backends.get(plan.backend)
     if isinstance(backend, backends.Stepwise):
         return backend.assembled(op, plan, arrived)

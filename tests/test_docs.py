@@ -42,6 +42,10 @@ COMMANDS = {
     "python -m bench gpu --json runs/gpu.json": (
         "tests/test_measure.py::test_gpu_runs_on_a_cpu_and_claims_nothing"
     ),
+    "python -m bench grid --chips v5e --axis-sizes 4 --tokens 2048 --out runs/grid": (
+        "tests/test_growth.py::test_a_grid_of_one_point"
+    ),
+    "python -m bench growth --out runs/growth": "tests/test_growth.py::test_curves",
     "python -m bench kernels runs/step.txt --chip v4": (
         "tests/test_kernels.py::test_the_command_lists_kernels"
     ),

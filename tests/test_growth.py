@@ -1,0 +1,57 @@
+"""`python -m bench growth` and `grid`: whole ranges of predictions, with few points here."""
+
+import pytest
+
+from bench.__main__ import main
+from bench.commands import growth
+from bench.record import load
+
+from .helpers import needs_compiler
+
+pytestmark = pytest.mark.slow
+
+
+@needs_compiler
+def test_curves(tmp_path, monkeypatch, capsys):
+    points = tuple(growth.Point(n, (1, 2, 2), 4, "v5e:2x2", n) for n in (1, 2))
+    monkeypatch.setattr(growth, "CURVES", {"depth": growth.Curve("four chips", points)})
+    asked = ["--curves", "depth", "--schedules", "two_way", "gspmd", "--model", "mu/16"]
+    assert main(["growth", *asked, "--out", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "four chips" in told and "accuracy: " in told
+    (table,) = load(tmp_path / "growth.json").result["tables"]
+    rows = [(row["depth"], row["schedule"]) for row in table["rows"]]
+    assert rows == [(1, "two_way"), (2, "two_way"), (1, "gspmd"), (2, "gspmd")]
+    for row in table["rows"]:
+        assert 0 < row["MFU %"] < 100 and row["compile s"] > 0 and 0 <= row["hidden %"] <= 100
+    by_depth = [row["step ms"] for row in table["rows"]]
+    assert by_depth[0] < by_depth[1] and by_depth[2] < by_depth[3]
+    assert {plot["y"] for plot in table["plots"]} == {"MFU %", "compile s"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["growth", "--curves", "height"], "no curve 'height'"),
+        (["growth", "--schedules", "y"], "no baseline 'y'"),
+        (["grid", "--chips", "v9"], "no chip 'v9'"),
+        (["grid", "--axis-sizes", "1"], "are not all of 2 to 16 devices"),
+    ],
+)
+def test_wrong_requests(arguments, told, capsys):
+    assert main(arguments) == 2
+    seen = capsys.readouterr().err
+    assert told in seen and "Traceback" not in seen
+
+
+@needs_compiler
+def test_a_grid_of_one_point(tmp_path, capsys):
+    asked = ["--chips", "v5e", "--axis-sizes", "2", "--tokens", "256"]
+    assert main(["grid", *asked, "--out", str(tmp_path)]) == 0
+    assert "None of the best, worst" in capsys.readouterr().out
+    summary, points = load(tmp_path / "grid.json").result["tables"]
+    kinds = [(row["mode"], row["grad"]) for row in points["rows"]]
+    assert kinds == [(mode, grad) for mode in ("gather", "scatter") for grad in (False, True)]
+    assert len(summary["rows"]) == 4
+    for row in points["rows"]:
+        assert row["compute of bare"] > 0.9 and 0.5 < row["of the best"] < 1.5

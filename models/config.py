@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
-from typing import Annotated, Literal
+from typing import Annotated
 
 from tyro.constructors import PrimitiveConstructorSpec
 
 from models import vit
 from models.checkpoint import Checkpoints
 from models.data import Data
+from models.devices import Cut
 from models.guard import Guard
 from models.loss import Kind
 from models.optim import Optim
@@ -68,8 +69,8 @@ class Config:
     """what initial parameters, order and augmentation are drawn from"""
     mesh: MeshSizes = (1, 1, 1)
     """devices on the axes data, fsdp and tensor; 1,1,1 is one device without a mesh"""
-    layout: Literal["tokens", "features"] = "tokens"
-    """what the tensor axis cuts between layers"""
+    layout: Cut = "tokens"
+    """what the tensor axis cuts between layers: tokens, the rows of the batch, or features"""
     algorithm: str | None = None
     """how the collective matmuls travel; None: the cost model chooses"""
     backend: str | None = None

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 
 from collective_matmul import Layout, make_mesh
+
+Cut = Literal["tokens", "rows", "features"]
+"""What the tensor axis cuts between layers: each image's tokens; the batch's rows, so that an image's
+tokens lie together; or the features."""
 
 
 class Meshed(Protocol):
@@ -22,7 +26,7 @@ class Meshed(Protocol):
         """How many these are."""
 
     @property
-    def layout(self) -> Literal["tokens", "features"]:
+    def layout(self) -> Cut:
         """What the tensor axis cuts between layers."""
 
     @property
@@ -82,7 +86,14 @@ def layout_of(config: Meshed) -> Layout | None:
         )
     return Layout(
         make_mesh(*config.mesh, devices=devices[: config.devices]),
-        activations=config.layout,
+        **cut(config.layout),
         algorithm=config.algorithm,
         backend=config.backend,
     )
+
+
+def cut(what: Cut) -> dict[str, Any]:
+    """The word in a `Layout`'s."""
+    if what == "features":
+        return {"activations": "features"}
+    return {"activations": "tokens", "token_dim": 0 if what == "rows" else 1}

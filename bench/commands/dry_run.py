@@ -21,7 +21,7 @@ from bench.predicted.slices import compile_only, tpu_slice
 from collective_matmul import Layout, make_mesh
 from models import configs, placing, step
 from models.config import Config
-from models.devices import layout_of, simulate
+from models.devices import cut, layout_of, simulate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ def _for_slice(config: Config, topology: str) -> int:
     try:
         layout = Layout(
             make_mesh(*config.mesh, devices=devices),
-            activations=config.layout,
+            **cut(config.layout),
             algorithm=config.algorithm,
             backend=config.backend,
         )

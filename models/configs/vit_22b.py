@@ -15,14 +15,16 @@ Of public sources:
   have had a cooldown of 30,000: a recollection, not checked.
 - Biases of the classifier that begin at -10, 224 pixels, inception crop, flip: google-research/
   big_vision, the config of ViT-g on JFT-3B.
-- Features cut over the tensor axis: the authors' slides and blog post.
+- Features cut over the tensor axis: the authors' slides and blog post. Rows are cut here, by which
+  weights can be fetched a layer ahead; `--layout features` is the paper's way, to the same numbers,
+  in steps of 11.6 s.
 
 Not public, and so chosen here: the mesh (16 data x 16 fsdp x 4 tensor, on the paper's 1,024 TPU v4
 chips), four parts of 16,384 images, bfloat16 activations with float32 parameters, and what a
 step keeps in memory. JFT-4B is not public either: bring shards with labels of your own.
 
 Expected: linear probes of 89.51% on ImageNet, 74.30% on ObjectNet (the authors' slides). Not run by
-us. The dry run on v4:8x8x16 predicts steps of 13.6 s, an MFU of 57.9% and 28.0 of 32 GiB a chip;
+us. The dry run on v4:8x8x16 predicts steps of 10.5 s, an MFU of 74.6% and 28.3 of 32 GiB a chip;
 the paper reports an MFU of 54.9%.
 
 Cost: 3.92e+23 FLOPs of the model (predicted: counted from the jaxpr, not measured). At the paper's
@@ -65,7 +67,7 @@ CONFIG = Config(
     guard=Guard(patience=5, rollbacks=10, skip_batches=200),
     statistics=100,
     mesh=(16, 16, 4),
-    layout="features",
+    layout="rows",
     algorithm="two_way",
     backend="xla",
     evaluate=1000,

@@ -24,7 +24,7 @@ from collective_matmul import Layout
 from models import configs, formats, vit
 from models.config import MeshSizes
 from models.data import Data, Split, splits
-from models.devices import layout_of, simulate
+from models.devices import Cut, layout_of, simulate
 from models.features import Folder, Tower, extract, names_of
 from models.features.tower import without_classifier
 from models.watch import distributed, fingerprint
@@ -63,7 +63,7 @@ class Options:
     """whether to go without images that cannot be read"""
     mesh: MeshSizes = (1, 1, 1)
     """devices on the axes data, fsdp and tensor"""
-    layout: Literal["tokens", "features"] = "tokens"
+    layout: Cut = "tokens"
     """what the tensor axis cuts between layers"""
     algorithm: str | None = None
     """how the collective matmuls travel; None: the cost model chooses"""

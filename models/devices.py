@@ -10,8 +10,8 @@ import jax
 from collective_matmul import Layout, make_mesh
 
 Cut = Literal["tokens", "rows", "features"]
-"""What the tensor axis cuts between layers: each image's tokens; the batch's rows, so that an image's
-tokens lie together; or the features."""
+"""What the tensor axis cuts between layers: the tokens of each image; rows of the batch, by which
+the tokens of an image lie together; or features."""
 
 
 class Meshed(Protocol):

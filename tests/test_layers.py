@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from bench.predicted.slices import tpu_slice
 from collective_matmul import Layout, compiler_options, dense, make_mesh
+from collective_matmul.inspect import overlap_report
 
-from .helpers import named, quick
+from .helpers import named, needs_compiler, quick
 
 B, S, D, N = 8, 8, 16, 3
 
@@ -189,6 +191,44 @@ def test_weights_travel_beside_products():
     # Kernels in and out, four devices: two rounds of a fetch, or a sum, can follow a product of the
     # two (tensor = 2) times two (in and out); the first round needs no tie.
     assert len(ties) >= 8
+
+
+@needs_compiler
+def test_on_tpu_what_travels_over_fsdp_is_hidden():
+    """Within the scans; the first fetch and the last sum have nothing to be beside."""
+    devices = tpu_slice("v4:2x2x2")
+    mesh = make_mesh(1, 4, 2, devices=devices)
+    layout, d, f, depth = Layout(mesh, token_dim=0), 4096, 8192, 2
+    where = {"up": P(None, *layout.column_kernel()), "down": P(None, *layout.row_kernel())}
+
+    def placed(shape, spec):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+
+    def loss(x, parameters):
+        y = dense.layers(
+            x,
+            parameters,
+            parts=lambda p: dense.Parts((p["up"],), (p["down"],)),
+            before=lambda x, _: x,
+            middle=lambda wide, _: jax.nn.relu(wide),
+            specs=where,
+            layout=layout,
+        )
+        return jnp.sum(y.astype(jnp.float32))
+
+    arrays = {
+        "up": placed((depth, d, f), where["up"]),
+        "down": placed((depth, f, d), where["down"]),
+    }
+    x = placed((64, 256, d), layout.activation(3))
+    step = jax.jit(jax.grad(loss, (0, 1)), compiler_options=compiler_options(mesh))
+    report = overlap_report(step.lower(x, arrays).compile(), chip="v4", mesh=mesh)
+    collectives = [x for x in report.timeline.transfers if x.collective is not None]
+    hops = [x for x in collectives if x.count == depth and x.traffic.route.axes == "fsdp"]
+    # Two kernels, forwards, backwards and their sums: six journeys of at least three hops each.
+    assert len(hops) >= 18
+    exposed, hidden = (sum(getattr(hop, name) for hop in hops) for name in ("exposed", "hidden"))
+    assert exposed < 0.05 * (exposed + hidden)
 
 
 def test_what_is_wrong_is_refused_with_its_numbers():

@@ -7,7 +7,7 @@ A backend is a module with
     gather(op, plan, moved, others) -> tuple of results, one a term
     scatter(op, plan, lhs, rhs) -> this device's shard of the sum of the terms
 
-and and, if it can be run in steps (see `collective_matmul.steps`),
+and, if it can be run in steps (see `collective_matmul.steps`),
 
     gather_steps, scatter_steps       the same as generators
     arrive(op, plan, moved)           a bare gather's journey, to a list of arrays

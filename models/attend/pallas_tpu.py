@@ -7,8 +7,8 @@ products leave them and the next product wants them, so nothing is transposed; t
 kernel; and s^2 logits in float32 fit on chip, so the softmax needs no second pass. The gradient
 computes the weights again instead of reading them.
 
-At 256 tokens and heads of 128 the compiler's own schedule of a grid step is 1,360 cycles on v4, and
-2,690 for the gradient: 0.50 and 0.99 ms of ViT-22B's layer on 1,024 chips (mesh 16 x 16 x 4, 16
+At 256 tokens and heads of 128 the compiler's own schedule of a grid step is 1,248 cycles on v4, and
+2,266 for the gradient: 0.46 and 0.83 ms of ViT-22B's layer on 1,024 chips (mesh 16 x 16 x 4, 16
 images a chip), where the compiler's own attention, a fusion to an operation, takes some 11 ms with
 its gradient (`python -m bench kernels`).
 

@@ -76,6 +76,7 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         if self.seconds is not None:
+            self._publish()  # at once: who is stopped before the first turn is to be named too
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
         return self

@@ -48,7 +48,9 @@ def all_gather(
     Raises:
       ValueError, NotImplementedError: as `collective_einsum`.
     """
-    op = _gather_of(x, axis_name, dim, algorithm, backend, wire_dtype)
+    op = Fetch.of(
+        x, axis_name, dim=dim, algorithm=algorithm, backend=backend, wire_dtype=wire_dtype
+    ).op
     result = run(Call(op, (x,), (None,), single=True))
     assert isinstance(result, jax.Array)
     return result
@@ -112,7 +114,14 @@ class Fetch:
         wire_dtype: Any = None,
     ) -> Fetch:
         """The fetch of arrays such as x, which may be abstract; arguments as of `all_gather`."""
-        return cls(_gather_of(x, axis_name, dim, algorithm, backend, wire_dtype))
+        t, spec = axis_size(axis_name), _spec(x, dim)
+        term = gather_term(spec, Operand.of(x), None, spec.lhs[dim], t, np.dtype(x.dtype))
+        op = Operation(
+            "gather", spec.lhs[dim], (term,), axis_name, t,
+            wire_dtype=wire_dtype_of(term.out.dtype, wire_dtype), algorithm=algorithm,
+            backend=backend,
+        )  # fmt: skip
+        return cls(op)
 
     @property
     def result(self) -> Operand:
@@ -130,22 +139,6 @@ class Fetch:
     def total(self, dy: jax.Array) -> Steps[jax.Array]:
         """The gradient: this device's shard of the sum of all dy, by steps."""
         return stepwise.scatter(self.op.dual_of_moved(), (dy,), (None,))
-
-
-def _gather_of(
-    x: Any,
-    axis_name: AxisName,
-    dim: int,
-    algorithm: str | None,
-    backend: str | None,
-    wire_dtype: Any,
-) -> Operation:
-    t, spec = axis_size(axis_name), _spec(x, dim)
-    term = gather_term(spec, Operand.of(x), None, spec.lhs[dim], t, np.dtype(x.dtype))
-    return Operation(
-        "gather", spec.lhs[dim], (term,), axis_name, t,
-        wire_dtype=wire_dtype_of(term.out.dtype, wire_dtype), algorithm=algorithm, backend=backend,
-    )  # fmt: skip
 
 
 def _spec(x: Any, dim: int) -> Spec:

@@ -43,13 +43,12 @@ class Slab(NamedTuple):
         """Of the array."""
         return self.stack.dtype
 
-    def read(self, start: int = 0, stop: int | None = None) -> jax.Array:
-        """The array, or columns `start : stop` of it."""
+    def read(self, start: int = 0) -> jax.Array:
+        """The array, or its columns from `start` on."""
         *lead, last = self.shape
-        stop = last if stop is None else stop
         zeros = [jnp.zeros((), jnp.int32)] * len(lead)
         at = [self.i, *zeros, jnp.asarray(start, jnp.int32)]
-        return lax.squeeze(lax.dynamic_slice(self.stack, at, (1, *lead, stop - start)), (0,))
+        return lax.squeeze(lax.dynamic_slice(self.stack, at, (1, *lead, last - start)), (0,))
 
     def written(self, x: jax.Array, row: Any, dim: int) -> Slab:
         """With x written into the array, from `row` of dimension `dim` on."""

@@ -2,7 +2,8 @@
 
 `Steps` is a generator over traced arrays. There are two kinds:
 
-    products    yields what its next product is about to use, gets it back, and multiplies
+    products    yields, after each product, what it made and what the next one uses, gets both back,
+                and multiplies
     a journey   yields what is in flight after each round of hops, gets it back, and hops on
 
 `beside` runs one of each, and ties what a product uses to the round that was to have arrived before
@@ -36,13 +37,15 @@ class _Run:
         except StopIteration as end:
             self.value, self.over = end.value, True
 
+    def finish(self) -> Any:
+        while not self.over:
+            self.advance()
+        return self.value
+
 
 def finish(steps: Steps[Result]) -> Result:
     """All steps, one after another, with nothing between them."""
-    run = _Run(steps)
-    while not run.over:
-        run.advance()
-    result: Result = run.value
+    result: Result = _Run(steps).finish()
     return result
 
 
@@ -73,8 +76,5 @@ def beside(products: Steps[Result], journey: Steps[Other]) -> tuple[Result, Othe
         work.value, travel.value = lax.optimization_barrier((work.value, travel.value))
         travel.advance()
         work.advance()
-    while not travel.over:
-        travel.advance()
-    while not work.over:
-        work.advance()
-    return work.value, travel.value
+    left = travel.finish()
+    return work.finish(), left

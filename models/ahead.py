@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from collective_matmul import dense, nn
+from collective_matmul.nn.linear import compute_dtype
 from models.attend.beside import middle
 from models.block import ParallelBlock, StandardBlock
 from models.capture import Capture
@@ -33,11 +34,11 @@ def blocks(stacked: ParallelBlock | StandardBlock, x: jax.Array, capture: Captur
     graph, parameters = nnx.split(stacked)
     norm = nnx.graphdef(stacked.norm)
     like = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    compute = stacked.mlp.up.dtype
+    dtype = compute_dtype(like, stacked.mlp.up)
 
     def before(x: jax.Array, parameters: Any) -> jax.Array:
         y: jax.Array = nnx.merge(norm, parameters)(x)
-        return y.astype(compute or y.dtype)
+        return y.astype(dtype)
 
     y = dense.layers(
         x,

@@ -13,8 +13,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-import tyro
-
+from bench.asking import read
 from bench.commands import UserError
 from bench.predicted.calibration import Result, comparison, key, page, predict, restored, summary
 from bench.predicted.points import POINTS
@@ -45,7 +44,7 @@ class Arguments:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command."""
-    asked = tyro.cli(Arguments, prog="python -m bench calibrate", args=arguments)
+    asked = read(Arguments, "calibrate", None, arguments)
     compile_only()
     chosen = [p for p in POINTS if p.program and re.search(asked.only, f"{p.chip} {p.name}")]
     if not chosen:

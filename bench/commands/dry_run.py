@@ -11,8 +11,8 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
-import tyro
 
+from bench.asking import read
 from bench.commands import UserError
 from bench.predicted.compiling import gib
 from bench.predicted.prediction import predict
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
     """Compiles and prints; returns 0 if the run fits."""
     given = list(arguments)
     at = given.index("--") if "--" in given else len(given)
-    asked = tyro.cli(Options, prog="python -m bench dry-run", description=__doc__, args=given[:at])
+    asked = read(Options, "dry-run", __doc__, given[:at])
     config = configs.from_command_line(given[at + 1 :], prog="python -m models.train")
     return _for_slice(config, asked.topology) if asked.topology else _for_this_machine(config)
 

@@ -15,8 +15,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import tyro
-
+from bench.asking import read
 from bench.commands import UserError
 from bench.predicted.baselines import XLA_COLLECTIVE_MATMUL
 from bench.predicted.comparison import aligned, tell, tried
@@ -54,13 +53,7 @@ class Options:
 
 def main(arguments: Sequence[str]) -> int:
     """Predicts, prints and writes."""
-    asked = tyro.cli(
-        Options,
-        prog="python -m bench grid",
-        description=__doc__,
-        args=list(arguments),
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    asked = read(Options, "grid", __doc__, arguments)
     unknown = [chip for chip in asked.chips if chip not in SLICES]
     if unknown:
         raise UserError(f"--chips: no chip {unknown[0]!r}; there are {', '.join(SLICES)}")

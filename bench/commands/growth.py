@@ -12,8 +12,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import tyro
-
+from bench.asking import read
 from bench.commands import UserError
 from bench.predicted import baselines
 from bench.predicted.comparison import Failure, Row, aligned, tell, tried
@@ -103,13 +102,7 @@ class Options:
 
 def main(arguments: Sequence[str]) -> int:
     """Predicts, prints and writes; out of memory is a result."""
-    asked = tyro.cli(
-        Options,
-        prog="python -m bench growth",
-        description=__doc__,
-        args=list(arguments),
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    asked = read(Options, "growth", __doc__, arguments)
     unknown = [name for name in asked.curves if name not in CURVES]
     if unknown:
         known = ", ".join(map(repr, CURVES))

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import tyro
 
+from bench.asking import read
 from bench.commands import UserError
 from bench.predicted.kernels import bundles
 from bench.predicted.slices import SMALLEST, compile_only
@@ -35,9 +36,7 @@ class Options:
 
 def main(arguments: Sequence[str]) -> int:
     """Prints a row for every kernel, and why something is not known."""
-    asked = tyro.cli(
-        Options, prog="python -m bench kernels", description=__doc__, args=list(arguments)
-    )
+    asked = read(Options, "kernels", __doc__, arguments)
     compile_only()
     if asked.chip not in SMALLEST:
         raise UserError(f"--chip {asked.chip}: write one of {', '.join(SMALLEST)}")

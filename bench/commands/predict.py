@@ -12,9 +12,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import tyro
-
 from bench import plots, predicted_tables
+from bench.asking import read
 from bench.commands import UserError
 from bench.predicted import baselines, figures
 from bench.predicted.baselines import Baseline
@@ -75,13 +74,7 @@ class Options:
 
 def main(arguments: Sequence[str]) -> int:
     """Predicts, prints and writes; out of memory is a result."""
-    asked = tyro.cli(
-        Options,
-        prog="python -m bench predict",
-        description=__doc__,
-        args=list(arguments),
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    asked = read(Options, "predict", __doc__, arguments)
     compile_only()
     rows = _chosen(asked.baselines)
     devices = tpu_slice(asked.topology)

@@ -12,9 +12,9 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
-import tyro
 from jax.sharding import Mesh
 
+from bench.asking import read
 from bench.commands import UserError
 from bench.plans import plan_name, plans
 from bench.predicted.baselines import XLA_COLLECTIVE_MATMUL
@@ -68,13 +68,7 @@ class Options:
 
 def main(arguments: Sequence[str]) -> int:
     """Predicts, prints and writes."""
-    asked = tyro.cli(
-        Options,
-        prog="python -m bench predict-op",
-        description=__doc__,
-        args=list(arguments),
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    asked = read(Options, "predict-op", __doc__, arguments)
     compile_only()
     devices = tpu_slice(asked.topology)
     chip, t = chip_of(devices), asked.axis_size

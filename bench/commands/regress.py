@@ -14,8 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import tyro
-
+from bench.asking import read
 from bench.commands import UserError
 from bench.predicted.regression import CASES, changes, explain, predict
 from bench.predicted.slices import compile_only
@@ -43,7 +42,7 @@ class Arguments:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command; status 1 if a figure has left the tolerance."""
-    asked = tyro.cli(Arguments, prog="python -m bench regress", args=arguments)
+    asked = read(Arguments, "regress", None, arguments)
     compile_only()
     chosen = {
         name: case

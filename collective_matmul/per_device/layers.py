@@ -61,7 +61,23 @@ def layers(
 ) -> jax.Array:
     """`x + S(middle(G(before(x)) . w) . v) + b`, layer by layer."""
     if layout is None or 1 in (layout.size(layout.tensor), layout.size(layout.fsdp)):
-        return _one_by_one(layout, x, parameters, parts, before, middle)
+        # Nothing has to be fetched, or a kernel's pieces travel inside its product.
+        def one(x: jax.Array, parameters: Any) -> tuple[jax.Array, None]:
+            of = parts(parameters)
+            y = between(
+                layout,
+                before(x, of.before),
+                of.kernels_in,
+                of.kernels_out,
+                (of.middle,),
+                of.bias,
+                middle=middle.apart(),
+                name=_WIDE,
+            )
+            return x + y, None
+
+        kept = jax.checkpoint_policies.save_only_these_names(_WIDE)
+        return lax.scan(jax.checkpoint(one, policy=kept, prevent_cse=False), x, parameters)[0]
     axes = varying_axes(x)
 
     def shards(parameters: Any) -> _Weights:
@@ -78,34 +94,6 @@ def layers(
     )
     layer = _Layer(layout, axes, shards, fetch_in, fetch_out, before, middle)
     return ahead.scan(layer, x, parameters)
-
-
-def _one_by_one(
-    layout: Layout | None,
-    x: jax.Array,
-    parameters: Any,
-    parts: Callable[[Any], Parts],
-    before: Callable[[jax.Array, Any], jax.Array],
-    middle: InPlace,
-) -> jax.Array:
-    """Where nothing has to be fetched, or a kernel's pieces travel inside its product."""
-
-    def layer(x: jax.Array, parameters: Any) -> tuple[jax.Array, None]:
-        of = parts(parameters)
-        y = between(
-            layout,
-            before(x, of.before),
-            of.kernels_in,
-            of.kernels_out,
-            (of.middle,),
-            of.bias,
-            middle=middle.apart(),
-            name=_WIDE,
-        )
-        return x + y, None
-
-    kept = jax.checkpoint_policies.save_only_these_names(_WIDE)
-    return lax.scan(jax.checkpoint(layer, policy=kept, prevent_cse=False), x, parameters)[0]
 
 
 @dataclasses.dataclass(frozen=True)

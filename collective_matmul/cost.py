@@ -1,7 +1,8 @@
 """The cost model: how long an operation would take by each plan, and which plan to run.
 
-Compute is a roofline: a product takes its FLOPs at the chip's rate, its sizes padded to the 128
-rows and columns of a matrix unit, or its bytes at the memory's bandwidth, whichever is longer. A
+A product takes the root of the sum of two squares: its FLOPs at the chip's rate, its sizes padded
+to the 128 rows and columns of a matrix unit, and its bytes at the memory's bandwidth, which pass
+beside them only in part. An operand that every chunk meets is read once if the chip can keep it. A
 hop takes the permute's latency and its bytes at one link's bandwidth. A decomposed plan is walked
 round by round: a product waits for its chunk, a hop for the sum that it carries. A plain collective
 is all waiting, but pays the permute's latency once. The numbers choose a schedule; they are no
@@ -36,6 +37,17 @@ from collective_matmul.operation import Operation, Plan, Term, accumulation_dtyp
 
 MATRIX_UNIT = 128  # rows and columns that a product's sizes are padded to, on TPU and Hopper alike
 IN_STEP = 0.5  # of the wire that a scatter exposes whose lanes move in step, for several rounds
+IN_CHIP = 6  # bandwidth between the devices of a chip, in links
+SEVERAL_RINGS = 2 / 3
+"""Of the time of one ring both ways, what a plain gather takes over 8 or more chips of a 3-D torus:
+170 and 183 us for 2,048 x 6,144 over 8 and 16 devices of v4, where one ring takes 252 and 274."""
+PLAIN_SCATTER = {"v4": 4 / 3, "v5p": 4 / 3, "v5e": 1.1, "v6e": 1.0}
+"""As many times of that of one ring takes a plain reduce-scatter over 8 devices: 336 us on v4. Over
+16 of a 2-D torus it is twice as much again: 540 us on v5e."""
+LATE = ("v4", "v5p", "v6e")
+"""Chips on which the compiler starts a hop one product late, because it takes it to be faster than
+a link is. Of two lanes each then waits while the other multiplies: 16,384 x 6,144 over 16 devices
+of v4 exposes 1,122 us by two_way, 156 us if told otherwise (see `compiling`)."""
 COPY_PASSES = 5  # reads and writes that copying a chunk into a larger buffer costs
 GAIN = 0.02  # a decomposition must promise at least this before it replaces the plain collective,
 GAIN_IF_ASSUMED = 0.10  # and this on a chip whose numbers are assumptions
@@ -125,16 +137,16 @@ def estimate(op: Operation, plan: Plan, chip: hardware.Chip) -> Estimate:
     if backends.get(plan.backend).decomposes:
         walk = _walk_gather if op.kind == "gather" else _walk_scatter
         compute, exposed = walk(op, plan, chip)
-        loads = [max(link_load(plan.lanes, op.t, hop)) for hop, _ in rounds(plan.lanes)]
+        loads = [_busiest(op, plan.lanes, hop, chip) for hop, _ in rounds(plan.lanes)]
         wire = sum(_hop(op, plan.lanes, hop, chip) for hop, _ in rounds(plan.lanes))
         share = 1 / plan.lanes[0].part.count if plan.lanes else 0
         flops = _flops(op, op.shard_size) * (op.t - 1) // max(1, steps(plan.lanes))
     else:
         compute = _compute(op, op.shard_size * op.t, chip)
-        # A plain collective uses both directions of a ring; two devices, and a switch, have one.
-        loads = [0.5 if op.t > 2 and not chip.switched else 1.0] * (op.t - 1)
+        loads = [_plain_load(op, chip)] * (op.t - 1)
         latency = chip.permute_latency + max(0, op.t // 2 - 1) * chip.hop_latency
-        wire = (sum(loads) * op.travelling.nbytes / chip.link_bandwidth + latency) if loads else 0.0
+        slower = _plain_slowdown(op, chip) * op.travelling.nbytes / chip.link_bandwidth
+        wire = (sum(loads) * slower + latency) if loads else 0.0
         exposed, share, flops = wire, loads[0] if loads else 0, 0
     if op.beside is not None and plan.lanes:  # independent products may run under these hops
         spare = estimate(op.beside, dataclasses.replace(plan, fat=False), chip)
@@ -149,6 +161,28 @@ def estimate(op: Operation, plan: Plan, chip: hardware.Chip) -> Estimate:
         wire=wire,
         exposed=max(0.0, exposed),
     )
+
+
+def _plain_load(op: Operation, chip: hardware.Chip) -> float:
+    """Shards on the busiest link for each other device, by a plain collective.
+
+    It uses both directions of a ring, and several rings where the devices fill three dimensions.
+    Two chips, and a switch, have one way. The devices of a chip share its links.
+    """
+    chips = op.t // chip.devices_per_chip
+    if chips < 2:
+        return 1 / IN_CHIP
+    both = 1.0 if chips == 2 or chip.switched else 0.5
+    fast = op.kind == "gather" or chip.name not in PLAIN_SCATTER
+    rings = SEVERAL_RINGS if chips >= 8 and chip.links == 6 and fast else 1.0
+    return rings * both * chip.devices_per_chip * (chips - 1) / (op.t - 1)
+
+
+def _plain_slowdown(op: Operation, chip: hardware.Chip) -> float:
+    """How much longer the plain reduce-scatter takes than its bytes over one ring."""
+    if op.kind == "gather" or op.t < 8:
+        return 1.0
+    return PLAIN_SCATTER.get(chip.name, 1.0) * (op.t / 8 if chip.links == 4 else 1)
 
 
 def _fewest_hops(op: Operation, options: list[Estimate]) -> Estimate:
@@ -215,6 +249,8 @@ def _walk_gather(op: Operation, plan: Plan, chip: hardware.Chip) -> tuple[float,
             work = arrival(plan.lanes[i].part)
             clock, compute = max(clock, wire + after) + work, compute + work
         wire += _hop(op, plan.lanes, hop, chip)
+        if len(moving) > 1 and chip.name in LATE:
+            wire += arrival(plan.lanes[moving[0]].part)
     tail = sum(_product_time(op, x, op.shard_size * op.t, chip) for x in late)
     return compute + tail, clock - compute
 
@@ -228,25 +264,36 @@ def _walk_scatter(op: Operation, plan: Plan, chip: hardware.Chip) -> tuple[float
     sums = accumulation_dtype(op.terms[0].lhs.dtype, out.dtype)
     addition = math.prod(out.shape) * (sums.itemsize + 2 * wire_dtype.itemsize) / chip.hbm_bandwidth
     compute = clock = wire = 0.0
+    landed: dict[int, float] = {}
+    in_step = len(plan.lanes) > 1 and len({x.hops for x in plan.lanes}) == 1
     for hop, moving in reversed(list(rounds(plan.lanes))):
         adds = addition if len(moving) == 1 and hop < steps(plan.lanes) else 0.0
-        for i in moving:
+        for i in sorted(moving, key=lambda i: landed.get(i, 0.0)):
             n = plan.lanes[i].part.count
             work = _compute(op, op.shard_size // n, chip) + adds / n
+            if len(moving) > 1:  # the product adds the sum that has landed, and so waits for it
+                clock = max(clock, landed.get(i, 0.0))
             clock, compute = clock + work, compute + work
             if chip.switched:
                 wire = max(clock, wire) + _hop_time(op, 1 / n / chip.links, chip)
+            landed[i] = clock + _hop(op, _same_way(op, plan.lanes, i), hop, chip)
         if not chip.switched:
-            clock = max(clock, wire)
-            wire = clock + _hop(op, plan.lanes, hop, chip)
+            clock = max(clock, wire) if len(moving) == 1 else clock
+            wire = max(wire, *(landed[i] for i in moving))
     home = sum(addition / lane.part.count for lane in plan.lanes)
     own = _compute(op, op.shard_size, chip) + home
-    if len(plan.lanes) == 1:
+    if len(plan.lanes) == 1 and plan.lanes[0].hops > 1:
         clock = max(clock, wire)
     exposed = max(clock + own, wire) - (compute + own)
-    if len(plan.lanes) > 1 and steps(plan.lanes) > 1 and len({x.hops for x in plan.lanes}) == 1:
+    if in_step and steps(plan.lanes) > 1:
         exposed += IN_STEP * sum(_hop(op, plan.lanes, hop, chip) for hop, _ in rounds(plan.lanes))
     return compute + own, exposed
+
+
+def _same_way(op: Operation, lanes: tuple[Lane, ...], i: int) -> tuple[Lane, ...]:
+    """The lanes that cross links in the direction of lane i."""
+    ahead = [2 * (lane.shift % op.t) <= op.t for lane in lanes]
+    return tuple(lane for lane, way in zip(lanes, ahead, strict=True) if way == ahead[i])
 
 
 def _landing(
@@ -269,11 +316,20 @@ def _hop(op: Operation, lanes: tuple[Lane, ...], hop: int, chip: hardware.Chip) 
         return sum(_hop_time(op, 1 / lane.part.count / chip.links, chip) for lane in moving)
     farthest = max(min(x.shift % op.t, -x.shift % op.t) for x in lanes if x.hops >= hop)
     further = (farthest - 1) * chip.hop_latency
-    return further + _hop_time(op, max(link_load(lanes, op.t, hop)), chip)
+    return further + _hop_time(op, _busiest(op, lanes, hop, chip), chip)
 
 
 def _hop_time(op: Operation, shards: float, chip: hardware.Chip) -> float:
     return chip.permute_latency + shards * op.travelling.nbytes / chip.link_bandwidth
+
+
+def _busiest(op: Operation, lanes: tuple[Lane, ...], hop: int, chip: hardware.Chip) -> float:
+    """Shards on the busiest link in round `hop`: of two chips both ways around are the same."""
+    loads = link_load(lanes, op.t, hop)
+    chips = op.t // chip.devices_per_chip
+    if chips < 2:
+        return max(loads) / IN_CHIP
+    return sum(loads) if chips == 2 else max(loads)
 
 
 def _compute(op: Operation, rows: int, chip: hardware.Chip) -> float:
@@ -307,10 +363,13 @@ def _product_time(op: Operation, term: Term, rows: int, chip: hardware.Chip) -> 
     wide = accumulation_dtype(term.lhs.dtype, term.rhs.dtype, term.out.dtype)
     slower = max(term.lhs.dtype, term.rhs.dtype, key=lambda dtype: dtype.itemsize)
     rate = hardware.planning_rate(chip, slower)
-    traffic = m * k * term.lhs.dtype.itemsize + k * n * term.rhs.dtype.itemsize
-    traffic += m * n * term.out.dtype.itemsize
-    accumulates = op.letter not in term.spec.out and rows < op.shard_size * op.t
+    reads = {term.spec.lhs: m * k * term.lhs.dtype.itemsize}
+    reads[term.spec.rhs or ""] = k * n * term.rhs.dtype.itemsize
+    pieces = rows < op.shard_size * op.t
+    stays = [x for letters, x in reads.items() if op.letter not in letters and x <= chip.kept]
+    traffic = m * n * term.out.dtype.itemsize + sum(reads.values()) - sum(stays) * pieces
+    accumulates = pieces and op.letter not in term.spec.out
     extra = 2 * m * n * wide.itemsize if accumulates else 0  # written, and read to be added
-    roofline = max(2 * math.prod(padded) / rate, traffic / chip.hbm_bandwidth)
+    roofline = math.hypot(2 * math.prod(padded) / rate, traffic / chip.hbm_bandwidth)
     launch = chip.permute_latency  # v5e: 14 half-size products cost 67 us more than 7 whole ones
     return batch * (roofline + extra / chip.hbm_bandwidth) + launch

@@ -20,7 +20,7 @@ import difflib
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-TERA, GB, GIB, US, GHZ = 1e12, 1e9, 2.0**30, 1e-6, 1e9
+TERA, GB, GIB, MIB, US, GHZ = 1e12, 1e9, 2.0**30, 2.0**20, 1e-6, 1e9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,7 @@ class Chip:
     f32: float | None  # FLOP/s, dense, default precision
     hbm_bytes: float  # bytes
     hbm_bandwidth: float  # bytes/s
+    kept: float = 0.0  # bytes of an operand that can stay on the chip from product to product
     links: int  # links of the whole chip; with `switched` the one port into the switch
     link_bandwidth: float  # bytes/s of one link in one direction
     switched: bool = False  # True: every peer is one hop away, all transfers share the port
@@ -67,6 +68,7 @@ _TABLE = (
         f32=275 * TERA,  # FLOP/s https://docs.jax.dev/en/latest/201/precision.html
         hbm_bytes=32 * GIB,  # bytes https://docs.cloud.google.com/tpu/docs/v4
         hbm_bandwidth=1200 * GB,  # bytes/s https://docs.cloud.google.com/tpu/docs/v4
+        kept=24 * MIB,  # bytes assumed: VMEM of two cores, 8 MiB less
         links=6,  # 3-D torus: https://docs.cloud.google.com/tpu/docs/v4
         link_bandwidth=45 * GB,  # bytes/s https://jax-ml.github.io/scaling-book/tpus/
         hop_latency=1 * US,  # s https://jax-ml.github.io/scaling-book/sharding/
@@ -83,6 +85,7 @@ _TABLE = (
         f32=197 * TERA,  # FLOP/s https://docs.jax.dev/en/latest/201/precision.html
         hbm_bytes=16 * GIB,  # bytes https://docs.cloud.google.com/tpu/docs/v5e
         hbm_bandwidth=819 * GB,  # bytes/s https://docs.cloud.google.com/tpu/docs/v5e
+        kept=96 * MIB,  # bytes assumed: VMEM of a core, 32 MiB less
         links=4,  # ports, 2-D torus: https://docs.cloud.google.com/tpu/docs/v5e
         link_bandwidth=45 * GB,  # bytes/s https://jax-ml.github.io/scaling-book/tpus/
         hop_latency=1 * US,  # s https://jax-ml.github.io/scaling-book/sharding/
@@ -99,6 +102,7 @@ _TABLE = (
         f32=459 * TERA,  # FLOP/s https://docs.jax.dev/en/latest/201/precision.html
         hbm_bytes=95 * GIB,  # bytes, usable of 96: https://docs.cloud.google.com/tpu/docs/v5p
         hbm_bandwidth=2765 * GB,  # bytes/s https://docs.cloud.google.com/tpu/docs/v5p
+        kept=32 * MIB,  # bytes assumed: VMEM of a core, 32 MiB less
         links=6,  # 3-D torus: https://docs.cloud.google.com/tpu/docs/v5p
         link_bandwidth=90 * GB,  # bytes/s https://jax-ml.github.io/scaling-book/tpus/
         hop_latency=1 * US,  # s https://jax-ml.github.io/scaling-book/sharding/
@@ -116,6 +120,7 @@ _TABLE = (
         f32=918 * TERA,  # FLOP/s https://docs.jax.dev/en/latest/201/precision.html
         hbm_bytes=32 * GIB,  # bytes https://docs.cloud.google.com/tpu/docs/v6e
         hbm_bandwidth=1638 * GB,  # bytes/s https://docs.cloud.google.com/tpu/docs/v6e
+        kept=96 * MIB,  # bytes assumed: VMEM of a core, 32 MiB less
         links=4,  # ports, 2-D torus: https://docs.cloud.google.com/tpu/docs/v6e
         link_bandwidth=90 * GB,  # bytes/s https://jax-ml.github.io/scaling-book/tpus/
         hop_latency=1 * US,  # s https://jax-ml.github.io/scaling-book/sharding/
@@ -133,6 +138,7 @@ _TABLE = (
         f32=2307 / 2 * TERA,  # FLOP/s https://docs.jax.dev/en/latest/201/precision.html
         hbm_bytes=192 / 2 * GIB,  # bytes, half: https://docs.cloud.google.com/tpu/docs/tpu7x
         hbm_bandwidth=7380 / 2 * GB,  # bytes/s https://docs.cloud.google.com/tpu/docs/tpu7x
+        kept=32 * MIB,  # bytes assumed: VMEM of a core, 32 MiB less
         links=6,  # of the chip, shared by 2: https://docs.cloud.google.com/tpu/docs/tpu7x
         link_bandwidth=90 * GB,  # bytes/s https://jax-ml.github.io/scaling-book/tpus/
         hop_latency=1 * US,  # s https://jax-ml.github.io/scaling-book/sharding/

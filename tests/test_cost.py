@@ -61,10 +61,14 @@ def test_there_are_tpus():
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("chip", TPUS)
 def test_large_products_are_decomposed_and_tiny_ones_are_not(chip, mode):
-    # What is accumulated, or travels as a sum, is as large as the result: that pays where much is
-    # contracted for it.
-    sums = mode in ("contract", "weights", "scatter")
-    sizes = (8192, 24576, 6144) if sums else (8192, 6144, 24576)
+    # Large is what meets the part that travels ([m, k], [m, k], [k, n], the result), and what is
+    # contracted for a sum that is accumulated.
+    sizes = {
+        "gather": (8192, 6144, 24576),
+        "contract": (8192, 98304, 49152),
+        "weights": (49152, 98304, 6144),
+        "scatter": (8192, 98304, 6144),
+    }[mode]
     large = explained(mode, *sizes, 8, chip=chip)
     assert backends.get(large.chosen.plan.backend).decomposes
     assert large.chosen.hidden > 0
@@ -237,6 +241,28 @@ def test_no_way_through_a_switch_is_shorter_than_the_direct_one():
         assert times["direct"] <= min(times.values()) * (1 + 1e-9)
     large = explained("gather", 8192, 8192, 32768, 8, chip="H100")
     assert large.chosen.plan.algorithm is not None
+
+
+def test_what_stays_on_the_chip_is_read_once():
+    """Chunks of few rows take their FLOPs' time where the weights stay, the memory's elsewhere."""
+    chip = hardware.chip("v5e")
+    forgetful = dataclasses.replace(chip, name="forgetful", kept=0.0)
+    kept, read = (explained("gather", 2048, 6144, 43008, 16, chip=x) for x in (chip, forgetful))
+    ring = [next(x for x in options_of(e) if x.plan.algorithm == "ring") for e in (kept, read)]
+    weights = 6144 * 43008 // 16 * 2 / chip.hbm_bandwidth
+    assert ring[1].compute - ring[0].compute > 4 * weights
+
+
+def test_two_chips_of_two_devices_have_one_way_between_them():
+    """Both directions of a ring of four devices cross the same link: two_way gains nothing."""
+    wires = {
+        name: explained("gather", 16384, 6144, 43008, 4, chip="7x", algorithm=name).chosen.wire
+        for name in ("ring", "two_way", "bidirectional")
+    }
+    assert wires["two_way"] == pytest.approx(wires["ring"], rel=0.01)
+    assert wires["bidirectional"] == pytest.approx(wires["ring"], rel=0.01)
+    inside = explained("gather", 16384, 6144, 43008, 2, chip="7x")
+    assert {x.wire < wires["ring"] / 4 for x in options_of(inside)} == {True}
 
 
 def test_longer_ways_cost_more_on_a_ring():

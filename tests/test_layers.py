@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bench.predicted.slices import tpu_slice
+from bench.predicted.slices import SMALLEST, tpu_slice
 from collective_matmul import Layout, compiler_options, dense, make_mesh
 from collective_matmul.inspect import overlap_report
 
@@ -251,3 +251,13 @@ def test_what_is_wrong_is_refused_with_its_numbers():
 
 def test_the_compiler_is_told_only_where_it_knows_the_words():
     assert compiler_options(None) == compiler_options(mesh_of((2, 2, 2))) == {}
+
+
+@needs_compiler
+@pytest.mark.parametrize("chip", ["v4", "v5p", "v6e"])
+def test_the_compiler_knows_the_words_that_it_is_told(chip):
+    mesh = make_mesh(tensor=4, devices=tpu_slice(SMALLEST[chip]))
+    options = compiler_options(mesh)
+    assert "xla_max_concurrent_async_collective_permutes" in options
+    x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=NamedSharding(mesh, P("tensor")))
+    jax.jit(jnp.sin, compiler_options=options).lower(x).compile()

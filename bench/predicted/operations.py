@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -126,6 +127,9 @@ class Product:
             if not self.grad:
                 return multiply(lhs, rhs)
             y, gradients = jax.vjp(multiply, lhs, rhs)
+            # As in a model, gradients begin once the result is there. Otherwise one pass's
+            # collectives would hide under the other's products.
+            _, cotangent = lax.optimization_barrier((y[0, 0], cotangent))
             return y, gradients(cotangent)
 
         # Every device has its own rows of every array, so that nothing but the mode moves.

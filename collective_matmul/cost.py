@@ -16,10 +16,11 @@ into the assembled operand costs five passes (115 kcycles modelled, 114 estimate
 
 What the compiler leaves exposed of a scatter's hops comes from its schedules of 16384 x 7680 x 6144
 over 4 devices of v4, v5e, v5p, v6e and 7x. A sum is added within the next product, which so waits
-for the hop that brings it. With one lane the last product waits for the last hop (1 hop of the
-ring's 3 on each chip, 1 of 1 over two devices); with lanes of different lengths another lane's sum
-has arrived already (two_way: 0 to 0.07 of the wire, on 7x 0.35). Lanes that move in step wait for
-each other: bidirectional exposes 0.40 to 0.57 of its wire, on v5e nothing.
+for the hop that brings it. With one lane of several hops the last product waits for the last one (1
+of the ring's 3 on each chip), and over more devices for about half of all; with lanes of different
+lengths another lane's sum has arrived already (two_way: 0 to 0.07 of the wire, on 7x 0.35). Lanes
+that move in step wait for each other: bidirectional exposes 0.40 to 0.57 of its wire, on v5e
+nothing.
 `python -m bench predict-op --mode scatter` shows it.
 """
 
@@ -47,7 +48,7 @@ PLAIN_SCATTER = {"v4": 4 / 3, "v5p": 4 / 3, "v5e": 1.1, "v6e": 1.0}
 LATE = ("v4", "v5p", "v6e")
 """Chips on which the compiler starts a hop one product late, because it takes it to be faster than
 a link is. Of two lanes each then waits while the other multiplies: 16,384 x 6,144 over 16 devices
-of v4 exposes 1,122 us by two_way, 156 us if told otherwise (see `compiling`)."""
+of v4 exposes 1,122 us by two_way, 156 us if told otherwise (docs/performance.md)."""
 COPY_PASSES = 5  # reads and writes that copying a chunk into a larger buffer costs
 GAIN = 0.02  # a decomposition must promise at least this before it replaces the plain collective,
 GAIN_IF_ASSUMED = 0.10  # and this on a chip whose numbers are assumptions
@@ -276,7 +277,9 @@ def _walk_scatter(op: Operation, plan: Plan, chip: hardware.Chip) -> tuple[float
             clock, compute = clock + work, compute + work
             if chip.switched:
                 wire = max(clock, wire) + _hop_time(op, 1 / n / chip.links, chip)
-            landed[i] = clock + _hop(op, _same_way(op, plan.lanes, i), hop, chip)
+            flight = _hop(op, _same_way(op, plan.lanes, i), hop, chip)
+            late = len(moving) > 1 and work < flight and chip.name in LATE
+            landed[i] = clock + flight + work * late
         if not chip.switched:
             clock = max(clock, wire) if len(moving) == 1 else clock
             wire = max(wire, *(landed[i] for i in moving))
@@ -285,7 +288,7 @@ def _walk_scatter(op: Operation, plan: Plan, chip: hardware.Chip) -> tuple[float
     if len(plan.lanes) == 1 and plan.lanes[0].hops > 1:
         clock = max(clock, wire)
     exposed = max(clock + own, wire) - (compute + own)
-    if in_step and steps(plan.lanes) > 1:
+    if (in_step and steps(plan.lanes) > 1) or (len(plan.lanes) == 1 and steps(plan.lanes) > 3):
         exposed += IN_STEP * sum(_hop(op, plan.lanes, hop, chip) for hop, _ in rounds(plan.lanes))
     return compute + own, exposed
 

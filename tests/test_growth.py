@@ -55,3 +55,6 @@ def test_a_grid_of_one_point(tmp_path, capsys):
     assert len(summary["rows"]) == 4
     for row in points["rows"]:
         assert row["compute of bare"] > 0.9 and 0.5 < row["of the best"] < 1.5
+    assert main(["grid", *asked, "--forward-only", "--out", str(tmp_path)]) == 0
+    _, points = load(tmp_path / "grid.json").result["tables"]
+    assert [row["grad"] for row in points["rows"]] == [False, False]

@@ -16,8 +16,8 @@ LIBRARY = ROOT / "collective_matmul"
 # The floors of the library, from the ground up. A module imports from the floors below its own, and
 # nothing else of ours.
 FLOORS = (
-    ("lanes", "spec", "varying", "hardware", "torus", "steps", "compiling"),
-    ("operation", "mesh", "slab"),
+    ("lanes", "spec", "varying", "hardware", "torus", "steps"),
+    ("operation", "mesh", "slab", "compiling"),
     ("product",),
     ("algorithms", "backends", "inspect"),
     ("cost",),

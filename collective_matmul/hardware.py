@@ -22,6 +22,9 @@ from jax.typing import DTypeLike
 
 TERA, GB, GIB, MIB, US, GHZ = 1e12, 1e9, 2.0**30, 2.0**20, 1e-6, 1e9
 
+# Bandwidth between the devices of a chip, in links: https://docs.cloud.google.com/tpu/docs/tpu7x
+IN_CHIP = 6
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from collective_matmul import hardware, make_mesh, torus
 from collective_matmul.inspect.collectives import Collective
-from collective_matmul.inspect.network import IN_CHIP, Network
+from collective_matmul.inspect.network import Network
 from collective_matmul.inspect.routes import Grid
 
 from .test_mesh import pretend
@@ -184,7 +184,7 @@ def test_the_devices_of_a_chip_share_its_links():
     chip = hardware.chip("7x")
     net = line((2, 2, 1), "TPU7x", "7x", cores=2)
     assert load(permute(net, shift(net, "x", 1)), chip) == pytest.approx(2)
-    assert load(permute(net, shift(net, "core", 1)), chip) == pytest.approx(1 / IN_CHIP)
+    assert load(permute(net, shift(net, "core", 1)), chip) == pytest.approx(1 / hardware.IN_CHIP)
     # 3 other chips with 2 shards each, over 2 links into the chip: gathered once for both devices.
     assert load(over(net, "all-gather", "x", "y", "core"), chip) == pytest.approx(3)
     assert load(over(net, "all-gather", "x", "y"), chip) == pytest.approx(3)

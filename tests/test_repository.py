@@ -18,7 +18,7 @@ LIBRARY = ROOT / "collective_matmul"
 FLOORS = (
     ("lanes", "spec", "varying", "hardware", "torus", "steps"),
     ("operation", "mesh", "slab", "compiling"),
-    ("product",),
+    ("product", "walk"),
     ("algorithms", "backends", "inspect"),
     ("cost",),
     ("arguments",),

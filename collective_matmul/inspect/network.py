@@ -25,13 +25,11 @@ from typing import Any
 
 import numpy as np
 
-from collective_matmul.hardware import Chip
+from collective_matmul.hardware import IN_CHIP, Chip
 from collective_matmul.inspect.boxes import spread
 from collective_matmul.inspect.collectives import Collective
 from collective_matmul.inspect.routes import Grid
 from collective_matmul.torus import Slice, coordinates, slice_number
-
-IN_CHIP = 6  # bandwidth between the devices of a chip, in links
 
 ALL_TO_ALL = ("all-to-all", "ragged-all-to-all")
 SLICES = "it crosses from slice to slice, where no link's speed is known"

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 
 from collective_matmul.hardware import Chip
+from collective_matmul.inspect import kernels
 from collective_matmul.inspect.collectives import wire_bytes
 from collective_matmul.inspect.hlo import Instruction
 from collective_matmul.inspect.timeline import Op, Timeline, Transfer
@@ -124,8 +125,9 @@ def uncosted_rows(timeline: Timeline) -> tuple[Uncosted, ...]:
     """What took no time because nothing is known of it, the largest first."""
     found: dict[tuple[str, str], Uncosted] = {}
     for count, instruction, why in _unknown(timeline):
-        target = instruction.attributes.get("custom_call_target", "").strip('"')
-        what = f"{instruction.opcode} {target}".rstrip()
+        called = kernels.target(instruction)
+        name = called if "(" not in called else ""  # the compiler's note to itself names nothing
+        what = f"{instruction.opcode} {name}".rstrip()
         array = max(instruction.result, key=lambda x: x.bytes, default=None)
         size = array.bytes if array else 0
         shape = f"{array.dtype}[{','.join(map(str, array.shape))}]" if array else ""

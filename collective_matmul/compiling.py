@@ -31,6 +31,13 @@ earlier: on v6e 1,177 ms of 1,221, on 7x 863 of 879.
 """
 
 
+def current_chip() -> hardware.Chip:
+    """The chip that is traced for: that of the mesh in use, else the default backend's."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    kind = device.device_kind if device is not None else jax.devices()[0].device_kind
+    return hardware.from_device_kind(kind)
+
+
 def on_tpu(mesh: Mesh | AbstractMesh | None) -> bool:
     """Whether the devices are TPUs, there or only compiled for.
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-
-import jax
+from typing import Any
 
 from collective_matmul import algorithms, backends, hardware, walk
+from collective_matmul.compiling import current_chip
 from collective_matmul.lanes import rounds, steps
 from collective_matmul.operation import Operation, Plan
 
@@ -54,13 +54,6 @@ class Estimate:
         return max(0.0, self.wire - self.exposed)
 
 
-def current_chip() -> hardware.Chip:
-    """The chip that is traced for: that of the mesh in use, else the default backend's."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    kind = device.device_kind if device is not None else jax.devices()[0].device_kind
-    return hardware.from_device_kind(kind)
-
-
 def choose(op: Operation) -> Plan:
     """The cheapest plan that honours the names in `op`.
 
@@ -72,6 +65,19 @@ def choose(op: Operation) -> Plan:
     return dataclasses.replace(ranked(op, chip)[0].plan, whole=chip.name in SLICING)
 
 
+def choose_steps(op: Operation) -> Plan:
+    """`choose`, for code that puts hops beside each of the operation's products.
+
+    A backend without steps would leave it one place to put them.
+
+    Raises:
+      ValueError, NotImplementedError: as `choose`.
+    """
+    chip = current_chip()
+    best = ranked(op, chip, stepwise=op.backend is None)[0]
+    return dataclasses.replace(best.plan, whole=chip.name in SLICING)
+
+
 def choose_journey(op: Operation) -> Plan:
     """The plan of a bare collective with products to travel beside: lanes, of the fewest hops.
 
@@ -81,17 +87,26 @@ def choose_journey(op: Operation) -> Plan:
     Raises:
       ValueError, NotImplementedError: as `choose`.
     """
-    options = ranked(op, current_chip())
-    lanes = [x for x in options if backends.get(x.plan.backend).decomposes]
+    options = ranked(op, current_chip(), stepwise=op.backend is None)
+    lanes = [x for x in options if _backend(x.plan).decomposes]
     best = _fewest_hops(op, lanes) if lanes else options[0]
     return dataclasses.replace(best.plan, whole=False)
 
 
 @functools.lru_cache(maxsize=4096)
-def ranked(op: Operation, chip: hardware.Chip) -> tuple[Estimate, ...]:
-    """Every plan that honours the names in `op`, the one to run first, the others by their cost."""
-    options = sorted((estimate(op, plan, chip) for plan in _plans(op)), key=_preference)
-    plain = [x for x in options if not backends.get(x.plan.backend).decomposes]
+def ranked(op: Operation, chip: hardware.Chip, *, stepwise: bool = False) -> tuple[Estimate, ...]:
+    """Every plan that honours the names in `op`, the one to run first, the others by their cost.
+
+    Args:
+      op: any operation.
+      chip: on which it runs.
+      stepwise: of plans that decompose, only those that can be run in steps.
+    """
+    plans = _plans(op, chip)
+    if stepwise:
+        plans = [x for x in plans if not x.lanes or isinstance(_backend(x), backends.Stepwise)]
+    options = sorted((estimate(op, plan, chip) for plan in plans), key=_preference)
+    plain = [x for x in options if not _backend(x.plan).decomposes]
     lanes = [x for x in options if x not in plain]
     best = _fewest_hops(op, lanes) if lanes else plain[0]
     if plain and best.steps and best.total > (1 - least_gain(chip)) * plain[0].total:
@@ -106,9 +121,9 @@ def least_gain(chip: hardware.Chip) -> float:
 
 def estimate(op: Operation, plan: Plan, chip: hardware.Chip) -> Estimate:
     """What `plan` would cost on `chip`."""
-    if backends.get(plan.backend).decomposes:
-        walked = walk.gather if op.kind == "gather" else walk.scatter
-        compute, exposed = walked(op, plan, chip)
+    backend = _backend(plan)
+    if backend.decomposes:
+        compute, exposed = backend.walked(op, plan, chip)
         loads = [walk.busiest(op, plan.lanes, hop, chip) for hop, _ in rounds(plan.lanes)]
         wire = sum(walk.hop_time(op, plan.lanes, hop, chip) for hop, _ in rounds(plan.lanes))
         share = 1 / plan.lanes[0].part.count if plan.lanes else 0
@@ -120,7 +135,9 @@ def estimate(op: Operation, plan: Plan, chip: hardware.Chip) -> Estimate:
         slower = _plain_slowdown(op, chip) * op.travelling.nbytes / chip.link_bandwidth
         wire = (sum(loads) * slower + latency) if loads else 0.0
         exposed, share, flops = wire, loads[0] if loads else 0, 0
-    if op.beside is not None and plan.lanes:  # independent products may run under these hops
+    if (
+        op.beside is not None and isinstance(backend, backends.Stepwise) and plan.lanes
+    ):  # independent products may run under these hops
         spare = estimate(op.beside, dataclasses.replace(plan, fat=False), chip)
         exposed -= max(0.0, spare.compute - spare.wire)
     return Estimate(
@@ -172,10 +189,15 @@ def _fewest_hops(op: Operation, options: list[Estimate]) -> Estimate:
 
 
 def _preference(option: Estimate) -> tuple[float, float, str]:
-    return option.total, option.wire, option.plan.algorithm or ""
+    margin = getattr(_backend(option.plan), "margin", 0.0)
+    return option.total / (1 - margin), option.wire, option.plan.algorithm or ""
 
 
-def _plans(op: Operation) -> list[Plan]:
+def _backend(plan: Plan) -> Any:
+    return backends.get(plan.backend)
+
+
+def _plans(op: Operation, chip: hardware.Chip) -> list[Plan]:
     """The plans that honour the operation's names.
 
     Raises:
@@ -183,21 +205,30 @@ def _plans(op: Operation) -> list[Plan]:
     """
     if op.algorithm is not None:
         algorithms.lanes(op.algorithm, op.t)  # an unknown name is an error of its own
+    contracts = any(op.letter not in term.spec.out for term in op.terms)
     found, reasons = [], []
     for name in backends.names() if op.backend is None else (op.backend,):
-        backend = backends.get(name)
-        reason = backend.unsupported(op)
-        if reason is not None:
-            reasons.append(f"backend {name!r}: {reason}")
-        elif not backend.decomposes:
-            found.append(Plan(name))
-        else:
-            contracts = any(op.letter not in term.spec.out for term in op.terms)
-            for algorithm in algorithms.names() if op.algorithm is None else (op.algorithm,):
-                lanes = algorithms.lanes(algorithm, op.t if op.shard_size else 1)
-                plan = Plan(name, algorithm, lanes)
-                found += [plan, dataclasses.replace(plan, fat=True)] if contracts else [plan]
+        backend: Any = backends.get(name)
+        for plan in _walks(op) if backend.decomposes else [Plan(name)]:
+            reason = backend.unsupported(op, plan.lanes, chip)
+            if reason is not None:
+                reasons.append(f"backend {name!r}: {reason}")
+                continue
+            plan = dataclasses.replace(plan, backend=name)
+            if backend.decomposes and contracts:
+                found += [plan] * backend.accumulates + [dataclasses.replace(plan, fat=True)]
+            else:
+                found.append(plan)
     if not found:
         asked = f"algorithm={op.algorithm!r}, backend={op.backend!r}"
-        raise NotImplementedError(f"{asked} cannot be honoured: {'; '.join(reasons)}")
+        raise NotImplementedError(
+            f"{asked} cannot be honoured: {'; '.join(dict.fromkeys(reasons))}"
+        )
     return found
+
+
+def _walks(op: Operation) -> list[Plan]:
+    """The algorithms that honour the operation's name, for a backend to be named."""
+    names = algorithms.names() if op.algorithm is None else (op.algorithm,)
+    t = op.t if op.shard_size else 1
+    return [Plan("", name, algorithms.lanes(name, t)) for name in names]

@@ -31,8 +31,13 @@ def run(call: Call) -> Any:
     """Runs a call that has been read."""
     op = call.op
     names = op.axis_name if isinstance(op.axis_name, tuple) else (op.axis_name,)
-    manual = jax.sharding.get_abstract_mesh().manual_axes
-    op = dataclasses.replace(op, of_vmap=not set(names) <= set(manual))
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = mesh.manual_axes
+    op = dataclasses.replace(
+        op,
+        of_vmap=not set(names) <= set(manual),
+        partly_manual=bool(manual) and set(manual) != set(mesh.axis_names),
+    )
     operands = [x for x in (*call.lhs, *call.rhs) if x is not None]
     everywhere = frozenset(names).intersection(manual).union(*map(varying_axes, operands))
     lhs, rhs = jax.tree.map(lambda x: varying_over(x, everywhere), (call.lhs, call.rhs))

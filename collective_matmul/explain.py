@@ -8,7 +8,8 @@ from typing import Any
 
 from collective_matmul import hardware
 from collective_matmul.arguments import Options, axis_size, read
-from collective_matmul.cost import Estimate, current_chip, least_gain, ranked
+from collective_matmul.compiling import current_chip
+from collective_matmul.cost import Estimate, least_gain, ranked
 from collective_matmul.operation import AxisName, Operation
 
 TITLES = ("backend", "algorithm", "steps", "bytes/hop", "bytes/link", "FLOPs/step")

@@ -43,6 +43,8 @@ class Chip:
     f32: float | None  # FLOP/s, dense, default precision
     hbm_bytes: float  # bytes
     hbm_bandwidth: float  # bytes/s
+    cores: int = 1  # that compute, each with on-chip memory of its own
+    vmem: float = 0.0  # bytes on chip of one core that a kernel can lay out; 0: no TPU
     kept: float = 0.0  # bytes of an operand that can stay on the chip from product to product
     links: int  # links of the whole chip; with `switched` the one port into the switch
     link_bandwidth: float  # bytes/s of one link in one direction
@@ -71,6 +73,8 @@ _TABLE = (
         f32=275 * TERA,  # FLOP/s https://docs.jax.dev/en/latest/201/precision.html
         hbm_bytes=32 * GIB,  # bytes https://docs.cloud.google.com/tpu/docs/v4
         hbm_bandwidth=1200 * GB,  # bytes/s https://docs.cloud.google.com/tpu/docs/v4
+        cores=2,  # megacore: jax/_src/tpu_info.py as above
+        vmem=16 * MIB,  # bytes: jax/_src/tpu_info.py as above
         kept=24 * MIB,  # bytes assumed: VMEM of two cores, 8 MiB less
         links=6,  # 3-D torus: https://docs.cloud.google.com/tpu/docs/v4
         link_bandwidth=45 * GB,  # bytes/s https://jax-ml.github.io/scaling-book/tpus/
@@ -88,6 +92,7 @@ _TABLE = (
         f32=197 * TERA,  # FLOP/s https://docs.jax.dev/en/latest/201/precision.html
         hbm_bytes=16 * GIB,  # bytes https://docs.cloud.google.com/tpu/docs/v5e
         hbm_bandwidth=819 * GB,  # bytes/s https://docs.cloud.google.com/tpu/docs/v5e
+        vmem=128 * MIB,  # bytes: jax/_src/tpu_info.py as above
         kept=96 * MIB,  # bytes assumed: VMEM of a core, 32 MiB less
         links=4,  # ports, 2-D torus: https://docs.cloud.google.com/tpu/docs/v5e
         link_bandwidth=45 * GB,  # bytes/s https://jax-ml.github.io/scaling-book/tpus/
@@ -105,6 +110,8 @@ _TABLE = (
         f32=459 * TERA,  # FLOP/s https://docs.jax.dev/en/latest/201/precision.html
         hbm_bytes=95 * GIB,  # bytes, usable of 96: https://docs.cloud.google.com/tpu/docs/v5p
         hbm_bandwidth=2765 * GB,  # bytes/s https://docs.cloud.google.com/tpu/docs/v5p
+        cores=2,  # megacore: jax/_src/tpu_info.py as above
+        vmem=64 * MIB,  # bytes: jax/_src/tpu_info.py as above
         kept=32 * MIB,  # bytes assumed: VMEM of a core, 32 MiB less
         links=6,  # 3-D torus: https://docs.cloud.google.com/tpu/docs/v5p
         link_bandwidth=90 * GB,  # bytes/s https://jax-ml.github.io/scaling-book/tpus/
@@ -123,6 +130,7 @@ _TABLE = (
         f32=918 * TERA,  # FLOP/s https://docs.jax.dev/en/latest/201/precision.html
         hbm_bytes=32 * GIB,  # bytes https://docs.cloud.google.com/tpu/docs/v6e
         hbm_bandwidth=1638 * GB,  # bytes/s https://docs.cloud.google.com/tpu/docs/v6e
+        vmem=128 * MIB,  # bytes: jax/_src/tpu_info.py as above
         kept=96 * MIB,  # bytes assumed: VMEM of a core, 32 MiB less
         links=4,  # ports, 2-D torus: https://docs.cloud.google.com/tpu/docs/v6e
         link_bandwidth=90 * GB,  # bytes/s https://jax-ml.github.io/scaling-book/tpus/
@@ -141,6 +149,7 @@ _TABLE = (
         f32=2307 / 2 * TERA,  # FLOP/s https://docs.jax.dev/en/latest/201/precision.html
         hbm_bytes=192 / 2 * GIB,  # bytes, half: https://docs.cloud.google.com/tpu/docs/tpu7x
         hbm_bandwidth=7380 / 2 * GB,  # bytes/s https://docs.cloud.google.com/tpu/docs/tpu7x
+        vmem=64 * MIB,  # bytes: jax/_src/tpu_info.py as above
         kept=32 * MIB,  # bytes assumed: VMEM of a core, 32 MiB less
         links=6,  # of the chip, shared by 2: https://docs.cloud.google.com/tpu/docs/tpu7x
         link_bandwidth=90 * GB,  # bytes/s https://jax-ml.github.io/scaling-book/tpus/

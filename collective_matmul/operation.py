@@ -80,6 +80,7 @@ class Operation:
     backend: str | None = None
     beside: Operation | None = None  # independent work that XLA may run under this one's hops
     of_vmap: bool = False  # the axis is one of jax.vmap, not of a mesh
+    partly_manual: bool = False  # the mesh has axes that are not manual here
 
     @property
     def travelling(self) -> Operand:

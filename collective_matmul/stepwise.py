@@ -13,7 +13,7 @@ import jax
 
 from collective_matmul import backends
 from collective_matmul.arguments import Call
-from collective_matmul.cost import choose, choose_journey
+from collective_matmul.cost import choose_journey, choose_steps
 from collective_matmul.operation import Operation
 from collective_matmul.slab import Slab
 from collective_matmul.steps import Steps
@@ -25,7 +25,7 @@ def gather(
     op: Operation, moved: jax.Array, others: Others, into: Slab | None = None
 ) -> Steps[tuple[Any, ...]]:
     """`y_i = G(x) . w_i`; with `into` the one y is written there."""
-    plan = choose(op)
+    plan = choose_steps(op)
     backend = backends.get(plan.backend)
     if isinstance(backend, backends.Stepwise):
         return (yield from backend.gather_steps(op, plan, moved, others, into))
@@ -35,7 +35,7 @@ def gather(
 
 def scatter(op: Operation, lhs: Sequence[jax.Array], rhs: Others) -> Steps[jax.Array]:
     """`y = S(sum_i x_i . w_i)`."""
-    plan = choose_journey(op) if op.bare else choose(op)
+    plan = choose_journey(op) if op.bare else choose_steps(op)
     backend = backends.get(plan.backend)
     if isinstance(backend, backends.Stepwise):
         return (yield from backend.scatter_steps(op, plan, lhs, rhs))

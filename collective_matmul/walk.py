@@ -48,7 +48,7 @@ def gather(op: Operation, plan: Plan, chip: hardware.Chip) -> tuple[float, float
         rows = op.shard_size // part.count
         copied = op.travelling.nbytes / part.count if late else 0
         copy = COPY_PASSES * copied / chip.hbm_bandwidth
-        return copy + sum(_product_time(op, x, rows, chip) for x in now)
+        return copy + sum(product_time(op, x, rows, chip) for x in now)
 
     compute = clock = arrival(Part())
     wire = 0.0
@@ -59,7 +59,7 @@ def gather(op: Operation, plan: Plan, chip: hardware.Chip) -> tuple[float, float
         wire += hop_time(op, plan.lanes, hop, chip)
         if len(moving) > 1 and chip.name in LATE:
             wire += arrival(plan.lanes[moving[0]].part)
-    tail = sum(_product_time(op, x, op.shard_size * op.t, chip) for x in late)
+    tail = sum(product_time(op, x, op.shard_size * op.t, chip) for x in late)
     return compute + tail, clock - compute
 
 
@@ -147,7 +147,7 @@ def busiest(op: Operation, lanes: tuple[Lane, ...], hop: int, chip: hardware.Chi
 
 def products_time(op: Operation, rows: int, chip: hardware.Chip) -> float:
     """Seconds of all terms' products for `rows` rows of the moving letter."""
-    return sum(_product_time(op, term, rows, chip) for term in op.terms)
+    return sum(product_time(op, term, rows, chip) for term in op.terms)
 
 
 def flops(op: Operation, rows: int) -> int:
@@ -168,7 +168,7 @@ def _sizes(op: Operation, term: Term, rows: int) -> tuple[int, int, int, int]:
     return total(lhs, "batch"), total(lhs, "free"), total(lhs, "contracted"), total(rhs, "free")
 
 
-def _product_time(op: Operation, term: Term, rows: int, chip: hardware.Chip) -> float:
+def product_time(op: Operation, term: Term, rows: int, chip: hardware.Chip) -> float:
     """Seconds of one product, or of the copy that stands for it in a bare collective."""
     batch, m, k, n = _sizes(op, term, rows)
     if term.rhs is None:

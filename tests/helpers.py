@@ -49,17 +49,26 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def plans() -> list[tuple[str | None, str | None]]:
-    """Every (backend, algorithm) there is: the files of both folders; a plain backend has None."""
+def interpreted_here(backend: str) -> bool:
+    """Whether a backend's kernels run here operation by operation."""
+    return hasattr(backends.get(backend), "Machine")
+
+
+def plans(*, interpreted: bool = False) -> list[tuple[str | None, str | None]]:
+    """Every (backend, algorithm) there is: the files of both folders; a plain backend has None.
+
+    Those whose kernels are interpreted here, or the others: they take a hundred times as long.
+    """
     return [
         (backend, algorithm)
         for backend in backends.names()
+        if interpreted_here(backend) == interpreted
         for algorithm in (algorithms.names() if backends.get(backend).decomposes else (None,))
     ]
 
 
 def lanes_plans() -> list[tuple[str, str]]:
-    """The plans that decompose."""
+    """The plans that decompose, without those whose kernels are interpreted."""
     return [(backend, algorithm) for backend, algorithm in plans() if algorithm is not None]
 
 
@@ -197,6 +206,12 @@ def run_cases(mesh, axes, cases: list[Case], backend, algorithm) -> tuple[dict, 
     Returns:
       The results by case, each a list of `[t, ...]` arrays; and by case why it was refused.
     """
+    if backend is not None and interpreted_here(backend) and len(cases) > 1:
+        # Interpreted kernels wait for one another, and devices may take them in any order.
+        apart = [run_cases(mesh, axes, [each], backend, algorithm) for each in cases]
+        return tuple(
+            {k: v for each in part for k, v in each.items()} for part in zip(*apart, strict=True)
+        )
     t = math.prod(mesh.shape[name] for name in axes)
     operands = [case.operands(t) for case in cases]
     refused: dict[str, str] = {}

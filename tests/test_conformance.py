@@ -101,6 +101,30 @@ WIRES = [
 ]
 
 
+def random_forms(n, seed=0):
+    """Any letters in any places, each batch, contracted or free, any of them moved."""
+    rng = np.random.default_rng(seed)
+    found = []
+    while len(found) < n:
+        counts = np.cumsum(rng.integers(0, 3, size=4))
+        batch, contracted, left, right, _ = np.split(rng.permutation(list("abcdefgh")), counts)
+        lhs, rhs, out = (
+            "".join(rng.permutation(np.concatenate(parts)))
+            for parts in (
+                (batch, contracted, left),
+                (batch, contracted, right),
+                (batch, left, right),
+            )
+        )
+        mode, letters = list(dict(gather_lhs=lhs, gather_rhs=rhs, scatter=out).items())[
+            len(found) % 3
+        ]
+        if letters:
+            sizes = {letter: int(rng.integers(1, 4)) for letter in sorted({*lhs, *rhs})}
+            found.append(Case(f"{lhs},{rhs}->{out}", mode, str(rng.choice(list(letters))), sizes))
+    return found
+
+
 def check(mesh, axes, cases, plan):
     """Runs the cases by the plan and compares every device's result; skips if any was refused."""
     t = int(np.prod([mesh.shape[name] for name in axes]))
@@ -141,6 +165,25 @@ def test_every_form(plan, t, mesh_of):
     check(mesh_of(t), ("t",), KINDS + MORE, plan)
 
 
+@pytest.mark.parametrize("plan", plans(interpreted=True), ids=plan_id)
+def test_a_form_of_each_kind_interpreted(plan, mesh_of):
+    check(mesh_of(3), ("t",), KINDS, plan)
+
+
+@pytest.mark.parametrize(
+    ("t", "cases"), [(2, MORE), (1, KINDS), (5, KINDS[:1] + KINDS[5:6]), (4, random_forms(4))]
+)
+@pytest.mark.parametrize("plan", plans(interpreted=True)[-1:], ids=plan_id)
+def test_more_forms_interpreted(plan, t, cases, mesh_of):
+    check(mesh_of(t), ("t",), cases, plan)
+
+
+@pytest.mark.parametrize("plan", plans(interpreted=True)[:1], ids=plan_id)
+def test_every_dtype_interpreted(plan, mesh_of):
+    narrow = [case for case in FLOATS if case.dtype != "float64"]
+    check(mesh_of(2), ("t",), narrow + INTEGERS + WIRES, plan)
+
+
 @pytest.mark.parametrize("t", CORE)
 @pytest.mark.parametrize("plan", plans(), ids=plan_id)
 def test_a_form_of_each_kind(plan, t, mesh_of):
@@ -159,28 +202,9 @@ def test_two_axes_act_as_their_product(plan, shape, mesh_of):
     check(mesh_of(*shape, names=("a", "b")), ("a", "b"), KINDS, plan)
 
 
-def random_forms(n, seed=0):
-    """Any letters in any places, each batch, contracted or free, any of them moved."""
-    rng = np.random.default_rng(seed)
-    found = []
-    while len(found) < n:
-        counts = np.cumsum(rng.integers(0, 3, size=4))
-        batch, contracted, left, right, _ = np.split(rng.permutation(list("abcdefgh")), counts)
-        lhs, rhs, out = (
-            "".join(rng.permutation(np.concatenate(parts)))
-            for parts in (
-                (batch, contracted, left),
-                (batch, contracted, right),
-                (batch, left, right),
-            )
-        )
-        mode, letters = list(dict(gather_lhs=lhs, gather_rhs=rhs, scatter=out).items())[
-            len(found) % 3
-        ]
-        if letters:
-            sizes = {letter: int(rng.integers(1, 4)) for letter in sorted({*lhs, *rhs})}
-            found.append(Case(f"{lhs},{rhs}->{out}", mode, str(rng.choice(list(letters))), sizes))
-    return found
+@pytest.mark.parametrize("plan", plans(interpreted=True)[-1:], ids=plan_id)
+def test_two_axes_act_as_their_product_interpreted(plan, mesh_of):
+    check(mesh_of(2, 2, names=("a", "b")), ("a", "b"), KINDS[:2] + KINDS[5:6], plan)
 
 
 @pytest.mark.parametrize("plan", plans(), ids=plan_id)
@@ -221,5 +245,6 @@ def test_bare_collectives(plan, t, mesh_of):
 
 
 def test_backends_are_found():
-    assert {"unfused", "xla"} <= set(backends.names())
+    assert {"unfused", "xla", "pallas_tpu"} <= set(backends.names())
     assert len(plans()) >= 5
+    assert len(plans(interpreted=True)) >= 4

@@ -26,6 +26,7 @@ from collective_matmul.hardware import Chip
 from collective_matmul.inspect import OverlapReport, kernels, overlap_report
 from collective_matmul.inspect.hlo import Array, Instruction, Module, parse
 from collective_matmul.inspect.overlap import text_of
+from collective_matmul.inspect.remote import schedule
 
 TIMEOUT = 600  # seconds that compiling one kernel may take
 # Of a kernel's configuration, what the program says; the rest is what the compiler found out.
@@ -120,8 +121,8 @@ def bundles(
 def _issued(module: Module, instruction: Instruction, chip: Chip, options: Options) -> Issued:
     if chip.name not in SMALLEST:
         return Issued(None, f"the TPU compiler does not know {chip.name}")
-    if _COMMUNICATES in instruction.rest:
-        return Issued(None, "it communicates, and a schedule does not tell how long it waits")
+    if _COMMUNICATES in instruction.rest and schedule(instruction) is None:
+        return Issued(None, "it communicates, and does not tell what it waits for")
     try:
         kernel = kernel_of(module, instruction)
     except ValueError as error:

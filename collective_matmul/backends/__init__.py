@@ -3,9 +3,15 @@
 A backend is a module with
 
     decomposes: bool                  does it walk the lanes of an algorithm?
-    unsupported(op) -> str | None     why it cannot run `op` here, or None
+    unsupported(op, lanes, chip)      why it cannot run `op` on such a chip, or None
     gather(op, plan, moved, others) -> tuple of results, one a term
     scatter(op, plan, lhs, rhs) -> this device's shard of the sum of the terms
+
+and, if it decomposes (`Decomposing`),
+
+    accumulates: bool                 can it add up a contracted product chunk by chunk?
+    margin: float                     of the time, what it must promise to save to be chosen
+    walked(op, plan, chip)            seconds of compute, and of waiting
 
 and, if it can be run in steps (see `collective_matmul.steps`),
 
@@ -29,6 +35,8 @@ from typing import Any, Protocol, cast, runtime_checkable
 import jax
 
 from collective_matmul.backends._checked import SUFFIX, Checked
+from collective_matmul.hardware import Chip
+from collective_matmul.lanes import Lane
 from collective_matmul.operation import Operation, Plan
 from collective_matmul.slab import Slab
 from collective_matmul.steps import Steps
@@ -39,8 +47,14 @@ class Backend(Protocol):
 
     decomposes: bool
 
-    def unsupported(self, op: Operation) -> str | None:
-        """Why the backend cannot run `op`, or None if it can."""
+    def unsupported(self, op: Operation, lanes: tuple[Lane, ...], chip: Chip) -> str | None:
+        """Why the backend cannot run `op`, or None if it can.
+
+        Args:
+          op: any operation.
+          lanes: that it is to walk, if it decomposes.
+          chip: on which.
+        """
 
     def gather(
         self, op: Operation, plan: Plan, moved: jax.Array, others: Sequence[jax.Array | None]
@@ -51,6 +65,16 @@ class Backend(Protocol):
         self, op: Operation, plan: Plan, lhs: Sequence[jax.Array], rhs: Sequence[jax.Array | None]
     ) -> jax.Array:
         """`y = S(sum_i x_i . w_i)`."""
+
+
+class Decomposing(Backend, Protocol):
+    """A backend that walks lanes."""
+
+    accumulates: bool
+    margin: float
+
+    def walked(self, op: Operation, plan: Plan, chip: Chip) -> tuple[float, float]:
+        """What a plan takes: seconds of compute, and of waiting."""
 
 
 @runtime_checkable

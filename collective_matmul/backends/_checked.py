@@ -28,13 +28,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from collective_matmul.hardware import Chip
+from collective_matmul.lanes import Lane
 from collective_matmul.operation import Operation, Plan, Term, accumulation_dtype
 
 if TYPE_CHECKING:
@@ -55,8 +57,10 @@ class Checked:
     def __init__(self, base: Backend) -> None:
         self.base = base
         self.decomposes = base.decomposes
+        self.accumulates = getattr(base, "accumulates", False)
+        self.margin = getattr(base, "margin", 0.0)
 
-    def unsupported(self, op: Operation) -> str | None:
+    def unsupported(self, op: Operation, lanes: tuple[Lane, ...], chip: Chip) -> str | None:
         """Why an operation cannot be run and checked, or None."""
         if not all(jnp.issubdtype(term.out.dtype, jnp.floating) for term in op.terms):
             return "checked results are spoiled with NaN, which only floating dtypes have"
@@ -67,7 +71,13 @@ class Checked:
                 return f"'{term.spec}' has no free letter to sum over"
         if op.kind == "scatter" and not any(_sides(op.terms)):
             return "the terms of the scatter have no free letter in common to sum over"
-        return self.base.unsupported(op)
+        return self.base.unsupported(op, lanes, chip)
+
+    def walked(self, op: Operation, plan: Plan, chip: Chip) -> tuple[float, float]:
+        """What the base takes."""
+        base: Any = self.base
+        seconds: tuple[float, float] = base.walked(op, plan, chip)
+        return seconds
 
     def gather(
         self, op: Operation, plan: Plan, moved: jax.Array, others: Sequence[jax.Array | None]

@@ -10,14 +10,17 @@ from collections.abc import Sequence
 import jax
 from jax import lax
 
+from collective_matmul.hardware import Chip
+from collective_matmul.lanes import Lane
 from collective_matmul.operation import Operation, Plan
 from collective_matmul.product import product, sum_of_products
 
 decomposes = False
 
 
-def unsupported(op: Operation) -> str | None:
+def unsupported(op: Operation, lanes: tuple[Lane, ...], chip: Chip) -> str | None:
     """Runs almost everything, but knows no algorithms."""
+    del lanes, chip
     if op.algorithm is not None:
         return (
             f"it runs XLA's plain collective, which has no algorithm {op.algorithm!r} to follow; "

@@ -17,7 +17,9 @@ import jax
 import numpy as np
 from jax import lax
 
-from collective_matmul.lanes import WHOLE, parts, permutation, rounds
+from collective_matmul import walk
+from collective_matmul.hardware import Chip
+from collective_matmul.lanes import WHOLE, Lane, parts, permutation, rounds
 from collective_matmul.operation import Operand, Operation, Plan, Term, explicit_sharding
 from collective_matmul.product import product, sum_of_products
 from collective_matmul.slab import Slab
@@ -26,12 +28,19 @@ from collective_matmul.steps import Steps, finish
 from collective_matmul.varying import varying_like
 
 decomposes = True
+accumulates = True
+margin = 0.0
 
 
-def unsupported(op: Operation) -> str | None:
+def unsupported(op: Operation, lanes: tuple[Lane, ...], chip: Chip) -> str | None:
     """Runs everything."""
-    del op
+    del op, lanes, chip
     return None
+
+
+def walked(op: Operation, plan: Plan, chip: Chip) -> tuple[float, float]:
+    """Seconds of compute, and of waiting."""
+    return (walk.gather if op.kind == "gather" else walk.scatter)(op, plan, chip)
 
 
 def gather(

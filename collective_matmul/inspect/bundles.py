@@ -27,6 +27,7 @@ _STARTS = re.compile(r"Start region (\d+)")
 _BRANCH = re.compile(r"sbr\.rel (?:\((!?)(%\w+)\) )?target = \$region(\d+)")
 _DEFINED = re.compile(r"(%\w+) = ([a-z][\w.]*) (?:\(!?%\w+\), )?([^;/}]*)")
 _SPILLED = re.compile(r"(\[smem:\[#\w+\]\]) (%\w+)$")
+_PREDICATED = re.compile(r"\s+\(!?%\w+\)$")
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 
 
@@ -146,21 +147,27 @@ def _twins(a: Loop, b: Loop) -> bool:
 
 
 class _Values:
-    """Which scalar is what: every name is given a value in one place."""
+    """Which scalar is what: every name is given a value in one place.
+
+    A place that values are spilled to may hold several in turn: a load gets what the nearest store
+    before it in the text has left.
+    """
 
     def __init__(self, bodies: Sequence[str]):
         self._given: dict[str, list[tuple[str, str]]] = {}
-        self._kept: dict[str, list[str]] = {}
-        for body in bodies:
+        self._loaded: dict[str, int] = {}  # in which bundle
+        self._kept: dict[str, list[tuple[int, str]]] = {}
+        for place, body in enumerate(bodies):
             for operation in body.split(";;"):
                 found = _DEFINED.search(operation)
                 if found is None:
                     continue
-                name, code, operands = found[1], found[2], found[3].strip()
+                name, code, operands = found[1], found[2], _PREDICATED.sub("", found[3].strip())
                 spilled = _SPILLED.search(operands) if code == "sst" else None
                 if spilled:
-                    self._kept.setdefault(spilled[1], []).append(spilled[2])
+                    self._kept.setdefault(spilled[1], []).append((place, spilled[2]))
                 else:
+                    self._loaded[name] = place
                     self._given.setdefault(name, []).append((code, operands))
 
     def trips(self, predicate: str) -> int | None:
@@ -205,11 +212,17 @@ class _Values:
         """The name that a value had before it was copied or spilled."""
         for _ in range(len(self._given)):
             code, operands = self._one(name)
-            kept = self._kept.get(operands[0], []) if code == "sld" else operands
-            if code not in ("smov.u32", "sld") or len(kept) != 1 or not kept[0].startswith("%"):
+            source = self._spilled(name, operands[0]) if code == "sld" else None
+            source = operands[0] if code == "smov.u32" and len(operands) == 1 else source
+            if source is None or not source.startswith("%"):
                 break
-            name = kept[0]
+            name = source
         return name
+
+    def _spilled(self, name: str, place: str) -> str | None:
+        """What was stored there when a name was loaded from it."""
+        stored = [x for x in self._kept.get(place, []) if x[0] < self._loaded[name]]
+        return max(stored)[1] if stored else None
 
     def _one(self, name: str) -> tuple[str, tuple[str, ...]]:
         """The instruction that gives a name its value, or nothing where two do."""

@@ -1,7 +1,8 @@
 """What one instruction costs a device, and how that is known.
 
     cycles    the compiler's own estimate over the clock (TPU)
-    bundles   those of a Pallas kernel's schedule over the clock, or its bytes if they take longer
+    bundles   those of a Pallas kernel's schedule over the clock; or, where they take longer, its
+              bytes, or its FLOPs at the peak: a bundle may wait for a matrix unit
     declared  a kernel's cost estimate: FLOPs at the peak, or bytes at the memory's bandwidth, which
               is a lower bound
     FLOPs     its products at the peak for their dtype
@@ -118,15 +119,15 @@ def cost(
     peak = (_peak(module, instruction, chip) or chip.bf16) if work else None
     by_bytes = moved / chip.hbm_bandwidth
     issued = (bundles or {}).get(instruction.name) if kernels.is_pallas(instruction) else None
+    by_flops = work / peak if peak else 0.0
     if issued is not None and clock:
-        return Cost(max(issued / clock, by_bytes), work, moved, "bundles", peak)
+        return Cost(max(issued / clock, by_bytes, by_flops), work, moved, "bundles", peak)
     if instruction.cycles is not None and clock:
         seconds = instruction.cycles / clock
         if not work:
             counted_twice = by_bytes * _narrow(module, instruction) / STREAM
             seconds = min(seconds, max(by_bytes, seconds - counted_twice))
         return Cost(seconds, work, moved, "cycles", peak)
-    by_flops = work / peak if peak else 0.0
     if declared:
         return Cost(max(by_bytes, by_flops), work, moved, "declared", peak)
     if instruction.opcode in NOT_BY_BYTES and not by_flops:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from collective_matmul.inspect.network import Network, Route
 
@@ -14,14 +15,14 @@ class Flight:
     """A transfer between its start and its end; times in seconds.
 
     Args:
-      key: of the instruction that started it.
+      key: of the instruction that started it, and what else tells it from others.
       start: when it started.
       moves: when its first byte moves, after the latency.
       left: time that its busiest link still needs, were it alone.
       route: the links; None for a copy between HBM and on-chip memory.
     """
 
-    key: tuple[str, str]
+    key: tuple[Any, ...]
     start: float
     moves: float
     left: float

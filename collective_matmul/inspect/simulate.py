@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from collective_matmul.inspect.collectives import (
     Collective,
@@ -32,6 +33,7 @@ from collective_matmul.inspect.costs import Cost, cost
 from collective_matmul.inspect.flights import Flight, Flights
 from collective_matmul.inspect.hlo import Computation, Instruction, Module
 from collective_matmul.inspect.network import Network, Traffic
+from collective_matmul.inspect.remote import Hop, Schedule, schedule
 from collective_matmul.inspect.timeline import (
     COMPUTE,
     COPIES,
@@ -155,21 +157,55 @@ class _Run:
         if spent.how == "free":
             return
         self.add_op(Op(instruction, spent, 1))
+        told = schedule(instruction)
+        if told is not None:
+            self.talk(instruction, told, spent)
+        else:
+            self.work(instruction, spent, spent.seconds)
+
+    def work(self, instruction: Instruction, spent: Cost, seconds: float) -> None:
         kind = PRODUCT if spent.flops else OTHER
-        self.event(COMPUTE, instruction, kind, self.now, spent.seconds)
-        self.now = self.flights.compute(self.now, spent.seconds)
+        self.event(COMPUTE, instruction, kind, self.now, seconds)
+        self.now = self.flights.compute(self.now, seconds)
+
+    def talk(self, instruction: Instruction, told: Schedule, spent: Cost) -> None:
+        """A kernel that sends and receives while it computes."""
+        moved = [told.collective(lane, self.network) for lane in told.lanes]
+        traffic = [self.network.traffic(each) for each in moved]
+        flying: dict[Hop, Flight] = {}
+        for step, what in told.steps():
+            if step == "work":
+                self.work(instruction, spent, what * spent.seconds)
+            elif step == "send":
+                flying[what] = self.fly((*_key(instruction), what), traffic[what[0]])
+            else:
+                flight, begun = flying[what], self.now
+                self.now = self.flights.wait(self.now, flight)
+                self.event(COMPUTE, instruction, WAIT, begun, self.now - begun)
+                assert flight.end is not None
+                lane, seconds = _lane(traffic[what[0]]), flight.end - flight.start
+                self.event(lane, instruction, moved[what[0]].kind, flight.start, seconds)
+        for i, (each, way) in enumerate(zip(moved, traffic, strict=True)):
+            own = [flight for hop, flight in flying.items() if hop[0] == i]
+            exposed, hidden = sum(x.exposed for x in own), sum(x.hidden for x in own)
+            self.add_transfer(Transfer(instruction, each, way, True, len(own), exposed, hidden))
 
     def launch(self, instruction: Instruction, moved: Collective) -> None:
         traffic = self.network.traffic(moved)
+        key = _key(instruction)
+        flight = self.fly(key, traffic)
+        self.pending[key] = _Pending(flight, instruction, moved, traffic)
+
+    def fly(self, key: tuple[Any, ...], traffic: Traffic) -> Flight:
         flight = Flight(
-            key=_key(instruction),
+            key=key,
             start=self.now,
             moves=self.now + traffic.route.latency,
             left=traffic.bytes * traffic.route.seconds_per_byte,
             route=traffic.route,
         )
         self.flights.launch(flight)
-        self.pending[flight.key] = _Pending(flight, instruction, moved, traffic)
+        return flight
 
     def copy(self, instruction: Instruction, copied: Copy) -> None:
         """Begins a copy between memories: its bytes pass once for each end that is in HBM."""
@@ -178,9 +214,10 @@ class _Run:
         if HOST in (copied.source, copied.target):
             left = 0.0
             self.add_op(Op(instruction, Cost(0.0, 0, copied.bytes, "unknown"), 1))
-        flight = Flight(_key(instruction), self.now, self.now, left, None)
+        key = _key(instruction)
+        flight = Flight(key, self.now, self.now, left, None)
         self.flights.launch(flight)
-        self.pending[flight.key] = _Pending(flight, instruction, None, None)
+        self.pending[key] = _Pending(flight, instruction, None, None)
 
     def done(self, key: _Key) -> None:
         """Waits for a transfer, and books it."""

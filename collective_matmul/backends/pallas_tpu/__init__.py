@@ -1,0 +1,135 @@
+"""Lanes as remote copies within one Pallas kernel for TPU, beside the products of the same kernel.
+
+A chunk that is short is the permutes' weakness: each is a product of its own, which reads the
+weights anew, and each hop a collective of its own. Here a round of hops is a panel of rows in a
+kernel that goes on (`all_gather`, `reduce_scatter`). docs/performance.md has what that gains over
+16 devices, predicted.
+
+What is multiplied so are products whose moved letter is free (`forms`). Of any other, the kernel
+is the collective alone: of a gather the products follow it, of a scatter they come before it.
+
+On a machine without a TPU it runs where it is named, interpreted operation by operation, in
+`jax.shard_map(check_vma=False)`: slow, for tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+
+from collective_matmul.backends.pallas_tpu.all_gather import all_gather
+from collective_matmul.backends.pallas_tpu.arranging import Arrangement, arranged
+from collective_matmul.backends.pallas_tpu.forms import Form, flat, sizes, unflat
+from collective_matmul.backends.pallas_tpu.machine import Machine
+from collective_matmul.backends.pallas_tpu.reduce_scatter import reduce_scatter
+from collective_matmul.backends.pallas_tpu.walking import walked
+from collective_matmul.hardware import Chip
+from collective_matmul.lanes import Lane
+from collective_matmul.operation import Operation, Plan, Term
+from collective_matmul.product import product, sum_of_products
+
+__all__ = ["accumulates", "decomposes", "gather", "margin", "scatter", "unsupported", "walked"]
+
+decomposes = True
+accumulates = False
+margin = 0.1
+"""No chip has run these kernels yet, and their time is from a model of them."""
+
+
+def unsupported(op: Operation, lanes: tuple[Lane, ...], chip: Chip) -> str | None:
+    """Why no kernel runs `op` on this chip, or None."""
+    machine = Machine.of(chip)
+    if machine.interpret and op.backend is None:
+        return "without a TPU it is interpreted, which is for tests: name it"
+    if any(x.dtype.itemsize > 4 for term in op.terms for x in (term.lhs, term.out)):
+        return f"no kernel knows numbers of 8 bytes, as {op.terms[0].lhs.dtype}"
+    if op.of_vmap:
+        return f"a kernel talks to devices, and {op.axis_name!r} is an axis of jax.vmap"
+    if op.partly_manual or op.beside_explicit_axes:
+        return "a kernel names devices by all axes of the mesh, and some are not manual here"
+    found = arranged(op, lanes, machine) if lanes else None
+    return found if isinstance(found, str) else None
+
+
+def gather(
+    op: Operation, plan: Plan, moved: jax.Array, others: Sequence[jax.Array | None]
+) -> tuple[jax.Array, ...]:
+    """`y_i = G(x) . w_i`, in the kernel or, of what has no form, after it."""
+    if not plan.lanes:
+        return tuple(_product(op, x, moved, w) for x, w in zip(op.terms, others, strict=True))
+    made = _arranged(op, plan)
+    letters, first = op.terms[0].spec.lhs, next((form for form in made.forms if form), None)
+    rows, rest = (
+        (first.rows, first.summed) if first else (op.letter, letters.replace(op.letter, ""))
+    )
+    inside = [(x, form, w) for x, form, w in zip(op.terms, made.forms, others, strict=True) if form]
+    right = [
+        (_other(form.columns, form, x, w), weights, x.out.dtype)
+        for (x, form, w), weights in zip(inside, made.weights, strict=True)
+    ]
+    operand = flat(moved, letters, rows, rest)
+    machine, outside = Machine.current(), None in made.forms
+    ys, gathered = all_gather(machine, made.ring, operand, right, whole=outside)
+    size = [sizes(op, x, op.shard_size * op.t) for x in op.terms]
+    whole = unflat(gathered, rows + rest, size[0], letters) if outside else moved
+    found = iter(ys)
+    return tuple(
+        unflat(next(found), form.rows + form.columns, size[i], x.spec.out)
+        if form
+        else _product(op, x, whole, w)
+        for i, (x, form, w) in enumerate(zip(op.terms, made.forms, others, strict=True))
+    )
+
+
+def scatter(
+    op: Operation, plan: Plan, lhs: Sequence[jax.Array], rhs: Sequence[jax.Array | None]
+) -> jax.Array:
+    """`y = S(sum_i x_i . w_i)`, the sum made in the kernel or, if it has no form, before it."""
+    out = op.terms[0].out
+    if not plan.lanes:
+        return sum_of_products(op, lhs, rhs).astype(out.dtype)
+    made = _arranged(op, plan)
+    letters, first = op.terms[0].spec.out, made.forms[0]
+    rows, columns = (
+        (first.rows, first.columns) if first else (op.letter, letters.replace(op.letter, ""))
+    )
+    left, right = [], []
+    for x, form, weights, a, b in zip(op.terms, made.forms, made.weights, lhs, rhs, strict=False):
+        assert form is not None and b is not None
+        moved, other = (b, a) if form.swapped else (a, b)
+        side = (x.spec.rhs or "") if form.swapped else x.spec.lhs
+        left.append(flat(moved, side, rows, form.summed).astype(weights.dtype))
+        right.append((_other(columns, form, x, other).astype(weights.dtype), weights))
+    if first is None:
+        left.append(flat(sum_of_products(op, lhs, rhs), letters, rows, columns))
+    assert made.tiles is not None
+    y = reduce_scatter(
+        Machine.current(),
+        made.ring,
+        made.tiles,
+        left,
+        right,
+        wire=op.travelling.dtype,
+        out=out.dtype,
+    )
+    return unflat(y, rows + columns, sizes(op, op.terms[0], op.shard_size), letters)
+
+
+def _arranged(op: Operation, plan: Plan) -> Arrangement:
+    made = arranged(op, plan.lanes, Machine.current())
+    assert isinstance(made, Arrangement), made  # `unsupported` has said why not
+    return made
+
+
+def _product(op: Operation, term: Term, x: jax.Array, w: jax.Array | None) -> jax.Array:
+    return product(term.spec, x, w, term.out, op.precision).astype(term.out.dtype)
+
+
+def _other(columns: str, form: Form, term: Term, w: jax.Array | None) -> jax.Array:
+    """The operand that does not move, [k, n] or, where it lies so already, [n, k]."""
+    assert w is not None
+    letters = term.spec.lhs if form.swapped else term.spec.rhs or ""
+    if form.transposed(term, columns):
+        return flat(w, letters, columns, form.summed)
+    return flat(w, letters, form.summed, columns)

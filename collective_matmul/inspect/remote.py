@@ -1,0 +1,122 @@
+"""Kernels that send to other devices themselves: what they send when, as they tell it.
+
+A program's text has no transfers of such a kernel. Ours (`backends/pallas_tpu`) tell in their
+metadata along which axes and lanes they talk, in how many panels and tiles they multiply, and how
+many bytes a hop carries; so the run of one can be played, product by product and hop by hop:
+
+    gather    a round's last tile waits for the next round's rows, which are sent on there
+    scatter   a tile waits for the sum of the same tile, which the round before has sent
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from collective_matmul.inspect.collectives import Collective
+from collective_matmul.inspect.hlo import Instruction
+from collective_matmul.inspect.network import Network
+
+_METADATA = "kernel_metadata="
+Hop = tuple[int, int, int]  # lane, round, tile
+
+
+@dataclasses.dataclass(frozen=True)
+class Lane:
+    """As `collective_matmul.lanes.Lane`, with the bytes of a hop instead of a part."""
+
+    shift: int
+    hops: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """What a kernel tells.
+
+    Args:
+      kind: "gather" or "scatter".
+      axes: of the mesh, along which it talks.
+      lanes: what moves.
+      turns: tiles that a round is worked on in.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    lanes: tuple[Lane, ...]
+    turns: int
+
+    @property
+    def rounds(self) -> int:
+        """Of hops; there is one more of products."""
+        return max(lane.hops for lane in self.lanes)
+
+    @property
+    def pieces(self) -> int:
+        """In which a hop is sent."""
+        return self.turns if self.kind == "scatter" else 1
+
+    def collective(self, lane: Lane, network: Network) -> Collective:
+        """One piece of a lane's hop, as a permute."""
+        sizes = [network.axes[name] for name in self.axes]
+        places = [list(network.axes).index(name) for name in self.axes]
+        here = np.ravel_multi_index(tuple(network.indices[:, places].T), sizes)
+        shift = lane.shift if self.kind == "gather" else -lane.shift
+        there = np.stack(np.unravel_index((here + shift) % np.prod(sizes), sizes), 1)
+        peers = network.indices.copy()
+        peers[:, places] = there
+        targets = np.ravel_multi_index(tuple(peers.T), [*network.axes.values()])
+        pairs = tuple((i, int(target)) for i, target in enumerate(targets))
+        share = lane.bytes // self.pieces
+        return Collective("collective-permute", share, pairs=pairs, asynchronous=True)
+
+    def steps(self) -> Iterator[tuple[str, Any]]:
+        """What the kernel does, in order: ("send", hop), ("wait", hop) or ("work", its share)."""
+        share = 1 / (self.rounds + 1) / self.turns
+        return self._gather(share) if self.kind == "gather" else self._scatter(share)
+
+    def _gather(self, share: float) -> Iterator[tuple[str, Any]]:
+        yield from self._all("send", 1)
+        for h in range(self.rounds + 1):
+            yield "work", share * (self.turns - 1)
+            yield from self._all("wait", h + 1)
+            yield from self._all("send", h + 2)
+            yield "work", share
+
+    def _scatter(self, share: float) -> Iterator[tuple[str, Any]]:
+        for h in range(self.rounds, -1, -1):
+            for tile in range(self.turns):
+                yield from self._all("wait", h + 1, tile)
+                yield "work", share
+                if h:
+                    yield from self._all("send", h, tile)
+
+    def _all(self, what: str, h: int, tile: int = 0) -> Iterator[tuple[str, Hop]]:
+        for i, lane in enumerate(self.lanes):
+            if h <= lane.hops:
+                yield what, (i, h, tile)
+
+
+def schedule(instruction: Instruction) -> Schedule | None:
+    """What a Pallas kernel tells of its hops, or None if it tells nothing.
+
+    Args:
+      instruction: any.
+    """
+    _, found, text = instruction.attributes.get("frontend_attributes", "").partition(_METADATA)
+    if not found:
+        return None
+    told, _ = json.JSONDecoder(strict=False).raw_decode(text)
+    if "collective" not in told:
+        return None
+    known = json.loads(told["collective"])
+    return Schedule(
+        known["kind"],
+        tuple(known["axes"]),
+        tuple(Lane(*lane) for lane in known["lanes"]),
+        known["blocks"] * known["tiles"],
+    )

@@ -12,6 +12,6 @@ def row_major(x: jax.Array) -> jax.Array:
     An operand that is put together of what arrives is written piece by piece. Where a product
     contracts its rows, the TPU compiler lays it out with rows the closest, and transposes each
     piece on its way into it: 57 ms of ViT-22B's step (v4, 16 x 16 x 4), where writing the pieces as
-    they arrive takes 20, and the product takes the same 8.38 ms either way.
+    they arrive takes 26, and the product takes the same 8.38 ms of a layer either way.
     """
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))

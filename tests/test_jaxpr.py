@@ -181,7 +181,7 @@ def test_a_product_for_every_piece(plan, mesh_of):
 
 
 def weight_gradient(rows, mesh, algorithm, k=6144, n=24576):
-    """Products in the gradient of an all-gather matmul at [rows, k] . [k, n] over 8 devices."""
+    """The gradient of an all-gather matmul at [rows, k] . [k, n] over 8 devices; which is fat."""
     run = jax.shard_map(
         functools.partial(cm.all_gather_matmul, axis_name="t", backend="xla", algorithm=algorithm),
         mesh=mesh, in_specs=(P("t"), P(None, "t")), out_specs=P(None, "t"),
@@ -196,15 +196,18 @@ def weight_gradient(rows, mesh, algorithm, k=6144, n=24576):
     )
     later = cm.explain("mk,kn->mn", *local, axis_size=8, gather_lhs="m", backend="xla",
                        algorithm=algorithm).backward  # fmt: skip
-    return products(found), [x.chosen.plan.fat for x in later]
+    return found, [x.chosen.plan.fat for x in later]
 
 
 @pytest.mark.parametrize("rows", [8, 64, 8192, 65536])
 @pytest.mark.parametrize("algorithm", ["ring", "two_way", "direct"])
 def test_a_weight_gradient_is_one_fat_product_where_chosen(algorithm, rows, mesh_of):
-    count, fat = weight_gradient(rows, mesh_of(8), algorithm)
+    found, fat = weight_gradient(rows, mesh_of(8), algorithm)
     forward, d_rows, d_weights = 8, 8, 1 if fat[1] else 8
-    assert count == forward + d_rows + d_weights
+    assert products(found) == forward + d_rows + d_weights
+    # What it contracts is put together as it arrives, not transposed on the way.
+    laid = [x.params["layout"].major_to_minor for x in found.get("layout_constraint", [])]
+    assert laid == [(0, 1)] * sum(fat)
 
 
 def test_large_weight_gradients_are_fat(mesh_of):

@@ -135,6 +135,18 @@ def test_a_kernel_is_its_program_and_its_shapes():
     assert kernel != kernels.kernel_of(module, module.main.by_name["b"])
 
 
+def test_where_a_step_keeps_its_arrays_is_no_part_of_a_kernel():
+    colours = '"input_memory_space_colors":[{"operand_index":"0","color":"6","shape_index":[]}],'
+    kernel, coloured = (
+        kernels.kernel_of(module, module.main.by_name["a"])
+        for module in (
+            parse(PROGRAM),
+            parse(PROGRAM.replace('"body":"abc"', colours + '"body":"abc"')),
+        )
+    )
+    assert coloured == kernel
+
+
 @pytest.mark.slow
 @needs_compiler
 def test_the_command_lists_kernels(tmp_path, capsys):

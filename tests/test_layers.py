@@ -229,6 +229,9 @@ def test_on_tpu_what_travels_over_fsdp_is_hidden():
     assert len(hops) >= 18
     exposed, hidden = (sum(getattr(hop, name) for hop in hops) for name in ("exposed", "hidden"))
     assert exposed < 0.05 * (exposed + hidden)
+    # No piece of a kernel is copied out of the way of one that arrives.
+    loops = [op.instruction for op in report.timeline.ops if op.count == depth]
+    assert not [x.name for x in loops if x.opcode == "copy" and len(x.result[0].shape) == 2]
 
 
 def test_what_is_wrong_is_refused_with_its_numbers():

@@ -16,7 +16,7 @@ LIBRARY = ROOT / "collective_matmul"
 # The floors of the library, from the ground up. A module imports from the floors below its own, and
 # nothing else of ours.
 FLOORS = (
-    ("lanes", "spec", "varying", "hardware", "torus", "steps"),
+    ("lanes", "spec", "varying", "hardware", "torus", "steps", "memory"),
     ("operation", "mesh", "slab", "compiling"),
     ("product", "walk"),
     ("algorithms", "backends", "inspect"),

@@ -34,6 +34,9 @@ _GIVEN = (
     *("custom_call_config", "sparse_core_config", "device_type"),
     *("scoped_memory_configs", "flag_configs"),
 )
+# Of what the program says: where the compiler keeps arrays, or was to keep them, of a step that has
+# other arrays beside these. Alone, a kernel has its own in HBM, and 7x refuses other colours.
+_COLOURS = ("input_memory_space_colors", "output_memory_space_colors", "output_memory_colors")
 _CONFIGURATION = "backend_config="
 _COMMUNICATES = '"has_communication":true'
 
@@ -146,6 +149,9 @@ def kernel_of(module: Module, instruction: Instruction) -> Kernel:
     except json.JSONDecodeError as error:
         raise ValueError(f"its configuration in the program's text is no JSON ({error})") from error
     given = {name: told[name] for name in _GIVEN if told.get(name)}
+    if "custom_call_config" in given:
+        own = given["custom_call_config"]
+        given["custom_call_config"] = {k: v for k, v in own.items() if k not in _COLOURS}
     arguments = module.operands(instruction)
     operands = {each.name: each for each in arguments}
     names = list(operands)

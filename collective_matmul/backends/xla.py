@@ -20,6 +20,7 @@ from jax import lax
 from collective_matmul import walk
 from collective_matmul.hardware import Chip
 from collective_matmul.lanes import WHOLE, Lane, parts, permutation, rounds
+from collective_matmul.memory import row_major
 from collective_matmul.operation import Operand, Operation, Plan, Term, explicit_sharding
 from collective_matmul.product import product, sum_of_products
 from collective_matmul.slab import Slab
@@ -76,7 +77,7 @@ def gather_steps(
             result = yield from _filled(op, plan, term, other, arrivals, into)
         elif plan.fat:
             if whole is None:
-                whole = assembled(op, plan, arrivals)
+                whole = row_major(assembled(op, plan, arrivals))
             result = product(term.spec, whole, other, term.out, op.precision)
             result, whole = yield result, whole
         else:

@@ -61,8 +61,8 @@ def _gradient(
     (dhidden,) = jax.vjp(activation, hidden)[1](_behind(dy, out_of))
     dwide = _written(dwide, dhidden, into)
     # Summed from where it lies: an operation that made both would write the columns elsewhere.
-    written = _behind(dwide, into)
-    dbias = jnp.sum(written, axis=range(written.ndim - 1), dtype=jnp.float32).astype(bias.dtype)
+    dwide = lax.optimization_barrier(dwide)
+    dbias = _total(_behind(dwide, into)).astype(bias.dtype)
     return dwide, (dbias, dscales)
 
 
@@ -74,6 +74,21 @@ def _ends(kernel: Kernel) -> tuple[int, int]:
 
 def _behind(x: jax.Array, first: int) -> jax.Array:
     return lax.slice_in_dim(x, first, x.shape[-1], axis=x.ndim - 1)
+
+
+def _total(x: jax.Array) -> jax.Array:
+    """The sum over all dimensions but the last, float32: a product with rows of ones.
+
+    A matrix unit adds 201 MB up as fast as they are read, 10 ms of ViT-22B's step (v4, 16 x 16 x
+    4); the compiler's own sum of bfloat16 takes 21.
+    """
+    ones = jnp.ones((8, *x.shape[:-1]), x.dtype)  # of one row it would make a sum again
+    rows = list(range(1, ones.ndim)), list(range(x.ndim - 1))
+    full = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    total: jax.Array = lax.dot_general(
+        ones, x, (rows, ([], [])), precision=full, preferred_element_type=jnp.float32
+    )
+    return total[0]
 
 
 def _written(x: jax.Array, columns: jax.Array, first: int) -> jax.Array:

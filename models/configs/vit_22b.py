@@ -24,7 +24,7 @@ chips), four parts of 16,384 images, bfloat16 activations with float32 parameter
 step keeps in memory. JFT-4B is not public either: bring shards with labels of your own.
 
 Expected: linear probes of 89.51% on ImageNet, 74.30% on ObjectNet (the authors' slides). Not run by
-us. The dry run on v4:8x8x16 predicts steps of 10.5 s, an MFU of 74.6% and 28.3 of 32 GiB a chip;
+us. The dry run on v4:8x8x16 predicts steps of 10.2 s, an MFU of 76.9% and 28.6 of 32 GiB a chip;
 the paper reports an MFU of 54.9%.
 
 Cost: 3.92e+23 FLOPs of the model (predicted: counted from the jaxpr, not measured). At the paper's

@@ -63,9 +63,10 @@ class Stepwise(Backend, Protocol):
         plan: Plan,
         moved: jax.Array,
         others: Sequence[jax.Array | None],
-        into: Slab | None,
+        into: Slab | None = None,
+        arrivals: list[jax.Array] | None = None,
     ) -> Steps[tuple[Any, ...]]:
-        """`gather`, its one result written into a slab if there is one."""
+        """`gather`, its one result written into a slab if there is one; perhaps of `arrivals`."""
 
     def scatter_steps(
         self, op: Operation, plan: Plan, lhs: Sequence[jax.Array], rhs: Sequence[jax.Array | None]

@@ -6,6 +6,7 @@ has no steps runs an operation in one.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,8 +75,9 @@ def gradient_of_scatter(call: Call, dy: jax.Array) -> Steps[tuple[jax.Array, jax
 
 
 def gradient_of_moved(call: Call, dy: jax.Array) -> Steps[jax.Array]:
-    """dx of `y = G(x) . w`."""
-    return scatter(call.op.dual_of_moved(), (dy,), call.rhs)
+    """dx of `y = G(x) . w`, after dw: nothing is left for it to pass under."""
+    alone = dataclasses.replace(call.op.dual_of_moved(), beside=None)
+    return scatter(alone, (dy,), call.rhs)
 
 
 def gradient_of_other(call: Call, dy: jax.Array) -> Steps[jax.Array]:

@@ -273,7 +273,7 @@ GRADIENTS = {
     ("v4", "scatter", 4, 16384): ("two_way",),
     ("v4", "scatter", 16, 2048): (None,),
     ("v5e", "gather", 4, 16384): ("two_way", None),
-    ("v5p", "gather", 4, 2048): ("two_way", "two_way"),
+    ("v5p", "gather", 4, 16384): ("two_way", "two_way"),
     ("v6e", "scatter", 4, 16384): ("two_way",),
     ("7x", "gather", 4, 2048): (None, None),
     ("7x", "gather", 16, 16384): (None, None),

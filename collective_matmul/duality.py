@@ -98,7 +98,8 @@ def _run_side_by_side(op: Operation, moved: Any, others: Others, cotangents: Any
         behind.arrive(dual, journey, moved),
     )
     fed = _fed(cotangents, others)
-    return d_moved, finish(behind.gather_steps(dual, journey, moved, fed, arrivals=arrivals))
+    rest = behind.gather_steps(dual, journey, moved, fed, arrivals=arrivals, alone=True)
+    return d_moved, finish(rest)
 
 
 def _fed(cotangents: Any, others: Others) -> tuple[jax.Array, ...]:

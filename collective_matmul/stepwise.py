@@ -25,8 +25,11 @@ Others = Sequence[jax.Array | None]
 def gather(
     op: Operation, moved: jax.Array, others: Others, into: Slab | None = None
 ) -> Steps[tuple[Any, ...]]:
-    """`y_i = G(x) . w_i`; with `into` the one y is written there."""
-    plan = choose(op)
+    """`y_i = G(x) . w_i`; with `into` the one y is written there.
+
+    Whoever takes the steps says in what order, so the plan holds none.
+    """
+    plan = dataclasses.replace(choose(op), held=False)
     backend = backends.get(plan.backend)
     if isinstance(backend, backends.Stepwise):
         return (yield from backend.gather_steps(op, plan, moved, others, into))

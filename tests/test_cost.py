@@ -276,7 +276,7 @@ GRADIENTS = {
     ("v5p", "gather", 4, 16384): ("two_way", "two_way"),
     ("v6e", "scatter", 4, 16384): ("two_way",),
     ("7x", "gather", 4, 2048): (None, None),
-    ("7x", "gather", 16, 16384): (None, None),
+    ("7x", "gather", 4, 16384): (None, None),
 }
 
 

@@ -38,7 +38,7 @@ def gather(
     op: Operation, plan: Plan, moved: jax.Array, others: Sequence[jax.Array | None]
 ) -> tuple[jax.Array, ...]:
     """`y_i = G(x) . w_i`, a product (or a copy into the assembled operand) at every arrival."""
-    return finish(gather_steps(op, plan, moved, others))
+    return finish(gather_steps(op, plan, moved, others, alone=True))
 
 
 def scatter(
@@ -55,11 +55,12 @@ def gather_steps(
     others: Sequence[jax.Array | None],
     into: Slab | None = None,
     arrivals: list[jax.Array] | None = None,
+    alone: bool = False,
 ) -> Steps[tuple[Any, ...]]:
     """`gather`, which yields after each product what it made, and what the next one uses.
 
     With `into` the one result is written there, and is returned as that slab. With `arrivals`, what
-    `arrive` brings has been brought.
+    `arrive` brings has been brought. `alone`: no step is tied to what others do.
     """
     if arrivals is None:
         arrivals = finish(arrive(op, plan, moved))
@@ -72,8 +73,10 @@ def gather_steps(
             if whole is None:
                 whole = assembled(op, plan, arrivals)
             # Of what is put together and an argument of the program XLA swaps the two, and then
-            # copies their product transposed (2,048 x 7,680 x 6,144 on v6e: 378 us of 1,120).
-            whole, other = lax.optimization_barrier((whole, other))
+            # copies their product transposed (2,048 x 7,680 x 6,144 on v6e: 378 us of 1,120). Among
+            # ties of others a further one has cost more (`layers`, 838 us of hops on v4).
+            if alone:
+                whole, other = lax.optimization_barrier((whole, other))
             if plan.held and results:
                 whole, results = lax.optimization_barrier((whole, results))
             result = product(term.spec, whole, other, term.out, op.precision)

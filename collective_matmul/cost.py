@@ -21,12 +21,22 @@ SEVERAL_RINGS = 2 / 3
 PLAIN_SCATTER = {"v4": 4 / 3, "v5p": 4 / 3, "v5e": 1.1, "v6e": 1.0}
 """As many times of that of one ring takes a plain reduce-scatter over 8 devices: 336 us on v4. Over
 16 of a 2-D torus it is twice as much again: 540 us on v5e."""
+ASYNCHRONOUS = {"v5e": ("gather",), "7x": ("gather", "scatter")}
+"""Chips on which the compiler runs a plain collective beside independent products, and which. With
+both gradients of 2,048 x 6,144 x 10,752 over 4 devices it exposes none of the gather's 169 us on
+v5e, and all of both collectives on v4, v5p and v6e (`python -m bench grid`)."""
 GAIN = 0.02  # a decomposition must promise at least this before it replaces the plain collective,
 GAIN_IF_ASSUMED = 0.10  # and this on a chip whose numbers are assumptions
 SLICING = ("v4", "v6e")
 """Chips on which a product that waits had better slice its operand itself. For 8192^3 over
 4 devices by two_way the compiler's cycles are 1.6 % fewer on v4 and 2.8 % on v6e, but 5.0 % more on
 v5e, 2.6 % on v5p and 0.4 % on 7x (`python -m bench regress`)."""
+HELD = 0.6
+"""Of its hop's time, what a chunk's product must take for a gradient's products to be held in
+order: those that hops pass under first, a weight gradient last. Left to itself the compiler puts
+the weight gradient first and waits for it: 1,925 us of 19,334 (both gradients of a gather of 16,384
+x 6,144 x 10,752 over 4 devices of v4, two_way), and held none of 17,412. Where the hops take
+longer, as over 16 devices, it knows better: 5,552 us of a scatter's gradients, held 6,551."""
 GAIN_OF_FEWER = 0.10  # as much dearer may a bare collective of fewer hops be, see _fewest_hops
 
 
@@ -62,7 +72,8 @@ def choose(op: Operation) -> Plan:
       NotImplementedError: if no backend can do what is named.
     """
     chip = current_chip()
-    return dataclasses.replace(ranked(op, chip)[0].plan, whole=chip.name in SLICING)
+    plan = ranked(op, chip)[0].plan
+    return dataclasses.replace(plan, whole=chip.name in SLICING, held=_held(op, plan, chip))
 
 
 def choose_steps(op: Operation) -> Plan:
@@ -135,11 +146,8 @@ def estimate(op: Operation, plan: Plan, chip: hardware.Chip) -> Estimate:
         slower = _plain_slowdown(op, chip) * op.travelling.nbytes / chip.link_bandwidth
         wire = (sum(loads) * slower + latency) if loads else 0.0
         exposed, share, flops = wire, loads[0] if loads else 0, 0
-    if (
-        op.beside is not None and isinstance(backend, backends.Stepwise) and plan.lanes
-    ):  # independent products may run under these hops
-        spare = estimate(op.beside, dataclasses.replace(plan, fat=False), chip)
-        exposed -= max(0.0, spare.compute - spare.wire)
+    if op.beside is not None:
+        exposed -= _spare(op, plan, chip)
     return Estimate(
         plan=plan,
         steps=steps(plan.lanes) if plan.algorithm else len(loads),
@@ -150,6 +158,43 @@ def estimate(op: Operation, plan: Plan, chip: hardware.Chip) -> Estimate:
         wire=wire,
         exposed=max(0.0, exposed),
     )
+
+
+def _held(op: Operation, plan: Plan, chip: hardware.Chip) -> bool:
+    """Whether the order of a gradient's products is held, for they outlast its hops (`HELD`)."""
+    if not plan.fat or not plan.lanes:
+        return False
+    rows = op.shard_size // plan.lanes[0].part.count
+    if op.beside is None:
+        work = walk.filled_time(op, rows, chip)
+    else:
+        other = ranked(op.beside, chip)[0].plan
+        both = map(_backend, (plan, other))
+        if not other.lanes or not all(isinstance(x, backends.Stepwise) for x in both):
+            return False
+        work = walk.products_time(op.beside, rows, chip)
+    return work >= HELD * walk.hop_time(op, plan.lanes, 1, chip)
+
+
+def _spare(op: Operation, plan: Plan, chip: hardware.Chip) -> float:
+    """Seconds of this operation's wire that pass under the products of the one beside it.
+
+    The gather of a gradient passes under what the scatter chosen beside it leaves of its products;
+    a chain of hops under one product of a plain scatter does not (v4: of 304 us 129 are left). A
+    plain scatter passes under the gather's products, which do not wait for it.
+    """
+    assert op.beside is not None
+    if plan.lanes and not isinstance(_backend(plan), backends.Stepwise):
+        return 0.0  # a kernel waits for its own hops
+    if not plan.lanes and op.kind not in ASYNCHRONOUS.get(chip.name, ()):
+        return 0.0
+    if op.kind == "scatter":
+        return 0.0 if plan.lanes else walk.products_time(op.beside, op.shard_size * op.t, chip)
+    beside = ranked(op.beside, chip)[0]
+    if beside.plan.lanes:
+        apart = plan.lanes and not isinstance(_backend(beside.plan), backends.Stepwise)
+        return 0.0 if apart else max(0.0, beside.compute - beside.wire)
+    return 0.0 if plan.lanes else beside.compute
 
 
 def _plain_load(op: Operation, chip: hardware.Chip) -> float:
@@ -188,9 +233,11 @@ def _fewest_hops(op: Operation, options: list[Estimate]) -> Estimate:
     return min(near, key=lambda x: x.steps)
 
 
-def _preference(option: Estimate) -> tuple[float, float, str]:
-    margin = getattr(_backend(option.plan), "margin", 0.0)
-    return option.total / (1 - margin), option.wire, option.plan.algorithm or ""
+def _preference(option: Estimate) -> tuple[float, int, float, str]:
+    """Of equals that of fewer hops: each piece has a product, or a copy, of its own."""
+    hops = sum(lane.hops for lane in option.plan.lanes)
+    asked = option.total / (1 - getattr(_backend(option.plan), "margin", 0.0))
+    return asked, hops, option.wire, option.plan.algorithm or ""
 
 
 def _backend(plan: Plan) -> Any:

@@ -13,6 +13,7 @@ TypeError. A Hessian-vector product is reverse over reverse.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from collective_matmul import backends
 from collective_matmul.arguments import Call
 from collective_matmul.cost import choose
 from collective_matmul.operation import Operation
+from collective_matmul.steps import beside, finish
 from collective_matmul.varying import varying_axes, varying_over
 
 Others = tuple[jax.Array | None, ...]
@@ -69,13 +71,59 @@ def _gather_fwd(op: Operation, moved: jax.Array, others: Others) -> tuple[Any, A
 
 def _gather_bwd(op: Operation, shards: Any, cotangents: tuple[jax.Array, ...]) -> tuple[Any, Any]:
     moved, others = shards
-    d_moved = _scatter(op.dual_of_moved(), cotangents, others)
     dual = op.dual_of_others()
     if dual is None:
-        return d_moved, others
-    fed = tuple(dy for dy, other in zip(cotangents, others, strict=True) if other is not None)
-    grads = iter(_gather(dual, moved, fed))
+        return _scatter(op.dual_of_moved(), cotangents, others), others
+    both = _side_by_side if choose(dual).held else _one_by_one
+    d_moved, found = both(op, moved, others, cotangents)
+    grads = iter(found)
     return d_moved, tuple(None if other is None else next(grads) for other in others)
+
+
+def _one_by_one(op: Operation, moved: Any, others: Others, cotangents: Any) -> Any:
+    """The cotangents of what moved and of the others, which there are; XLA orders the two."""
+    d_moved = _scatter(op.dual_of_moved(), cotangents, others)
+    dual: Any = op.dual_of_others()
+    return d_moved, _gather(dual, moved, _fed(cotangents, others))
+
+
+def _run_side_by_side(op: Operation, moved: Any, others: Others, cotangents: Any) -> Any:
+    """The same, a round of the gather's hops beside each product of the scatter.
+
+    XLA multiplies the gathered operand first, and waits for it (cost.`HELD`).
+    """
+    scatter, dual = op.dual_of_moved(), op.dual_of_others()
+    assert dual is not None
+    steps, journey = choose(scatter), choose(dual)
+    ahead, behind = backends.get(steps.backend), backends.get(journey.backend)
+    assert isinstance(ahead, backends.Stepwise)
+    assert isinstance(behind, backends.Stepwise)
+    d_moved, arrivals = beside(
+        ahead.scatter_steps(scatter, steps, cotangents, others),
+        behind.arrive(dual, journey, moved),
+    )
+    fed = _fed(cotangents, others)
+    rest = behind.gather_steps(dual, journey, moved, fed, arrivals=arrivals, alone=True)
+    return d_moved, finish(rest)
+
+
+def _fed(cotangents: Any, others: Others) -> tuple[jax.Array, ...]:
+    """The cotangents of products with another operand."""
+    return tuple(dy for dy, other in zip(cotangents, others, strict=True) if other is not None)
+
+
+_side_by_side = jax.custom_vjp(_run_side_by_side, nondiff_argnums=(0,))
+
+
+def _side_by_side_fwd(op: Operation, *operands: Any) -> tuple[Any, Any]:
+    return _side_by_side(op, *operands), operands
+
+
+def _side_by_side_bwd(op: Operation, operands: Any, cotangents: Any) -> Any:
+    return jax.vjp(functools.partial(_one_by_one, op), *operands)[1](cotangents)
+
+
+_side_by_side.defvjp(_side_by_side_fwd, _side_by_side_bwd)
 
 
 def _scatter_fwd(op: Operation, lhs: Any, rhs: Any) -> tuple[Any, Any]:

@@ -78,7 +78,7 @@ class Operation:
     wire_dtype: np.dtype | None = None
     algorithm: str | None = None
     backend: str | None = None
-    beside: Operation | None = None  # independent work that XLA may run under this one's hops
+    beside: Operation | None = None  # the other one of a gradient, which XLA may run under this one
     of_vmap: bool = False  # the axis is one of jax.vmap, not of a mesh
     partly_manual: bool = False  # the mesh has axes that are not manual here
 
@@ -114,10 +114,14 @@ class Operation:
         terms = tuple(
             Term(_transposed_to_lhs(term.spec), term.out, term.rhs, term.lhs) for term in self.terms
         )
-        return dataclasses.replace(self, kind="scatter", terms=terms, beside=None)
+        return dataclasses.replace(self, kind="scatter", terms=terms, beside=self._for_others())
 
     def dual_of_others(self) -> Operation | None:
         """The gather that turns a gather's cotangents into the other operands', if it has any."""
+        others = self._for_others()
+        return others and dataclasses.replace(others, beside=self.dual_of_moved())
+
+    def _for_others(self) -> Operation | None:
         terms = tuple(
             Term(_transposed_to_rhs(term.spec), term.lhs, term.out, term.rhs)
             for term in self.terms
@@ -125,7 +129,7 @@ class Operation:
         )
         if not terms:
             return None
-        return dataclasses.replace(self, terms=terms, beside=self.dual_of_moved())
+        return dataclasses.replace(self, terms=terms, beside=None)
 
     def duals(self) -> tuple[Operation, ...]:
         """The operations of the gradient."""
@@ -229,7 +233,8 @@ class Plan:
 
     `fat`: contracted products wait for the whole operand and run as one product, instead of adding
     one slice's product to an accumulator at each arrival. `whole`: a scatter's product that waits
-    for a sum slices its operand itself.
+    for a sum slices its operand itself. `held`: of a fat plan, a chunk's product and copy wait for
+    the chunk's before, and the fat product for them all.
     """
 
     backend: str
@@ -237,3 +242,4 @@ class Plan:
     lanes: tuple[Lane, ...] = ()
     fat: bool = False
     whole: bool = False
+    held: bool = False

@@ -6,6 +6,7 @@ has no steps runs an operation in one.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,8 +25,11 @@ Others = Sequence[jax.Array | None]
 def gather(
     op: Operation, moved: jax.Array, others: Others, into: Slab | None = None
 ) -> Steps[tuple[Any, ...]]:
-    """`y_i = G(x) . w_i`; with `into` the one y is written there."""
-    plan = choose_steps(op)
+    """`y_i = G(x) . w_i`; with `into` the one y is written there.
+
+    Whoever takes the steps says in what order, so the plan holds none.
+    """
+    plan = dataclasses.replace(choose_steps(op), held=False)
     backend = backends.get(plan.backend)
     if isinstance(backend, backends.Stepwise):
         return (yield from backend.gather_steps(op, plan, moved, others, into))
@@ -74,8 +78,9 @@ def gradient_of_scatter(call: Call, dy: jax.Array) -> Steps[tuple[jax.Array, jax
 
 
 def gradient_of_moved(call: Call, dy: jax.Array) -> Steps[jax.Array]:
-    """dx of `y = G(x) . w`."""
-    return scatter(call.op.dual_of_moved(), (dy,), call.rhs)
+    """dx of `y = G(x) . w`, after dw: nothing is left for it to pass under."""
+    alone = dataclasses.replace(call.op.dual_of_moved(), beside=None)
+    return scatter(alone, (dy,), call.rhs)
 
 
 def gradient_of_other(call: Call, dy: jax.Array) -> Steps[jax.Array]:

@@ -122,6 +122,12 @@ def _landing(
     return times
 
 
+def filled_time(op: Operation, rows: int, chip: hardware.Chip) -> float:
+    """Seconds of the products for `rows` rows whose results hold the letter."""
+    now = (x for x in op.terms if op.letter in x.spec.out)
+    return sum(product_time(op, x, rows, chip) for x in now)
+
+
 def hop_time(op: Operation, lanes: tuple[Lane, ...], hop: int, chip: hardware.Chip) -> float:
     """Seconds of round `hop`."""
     if chip.switched:

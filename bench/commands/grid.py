@@ -15,18 +15,24 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from jax.sharding import Mesh
+
 from bench.asking import read
 from bench.commands import UserError
 from bench.predicted.baselines import XLA_COLLECTIVE_MATMUL
-from bench.predicted.comparison import aligned, tell, tried
+from bench.predicted.comparison import Row, aligned, tell, tried
 from bench.predicted.keeping import keep
 from bench.predicted.operations import Product
 from bench.predicted.prediction import Prediction
+from bench.predicted.programs import Program
 from bench.predicted.slices import chip_of, compile_only, tpu_slice
+from bench.record import load
 from collective_matmul import algorithms, make_mesh
 from collective_matmul.lanes import Lane
 
+POINT = ("chip", "devices", "mode", "grad", "tokens")  # what says which point a row is
 BARE, CHOSEN, PLAIN, XLA = "bare product", "None", "unfused", "unfused + XLA"
+WALKERS = ("xla", "pallas_tpu")  # backends that follow an algorithm by name
 WIDTH, INTO, OUT_OF = 6144, 43008, 30720
 SLICES = {
     "v4": {4: "v4:2x2x1", 8: "v4:2x2x2", 16: "v4:2x2x4"},
@@ -50,7 +56,9 @@ class Options:
     forward_only: bool = False
     """without the points that compute both gradients too"""
     out: pathlib.Path | None = None
-    """folder for JSON"""
+    """folder for JSON, written after every point"""
+    resume: bool = False
+    """keeps the points that the JSON has already, and predicts what is asked for and missing"""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -63,40 +71,63 @@ def main(arguments: Sequence[str]) -> int:
     if not asked.axis_sizes or min(asked.axis_sizes) < 2 or max(asked.axis_sizes) > most:
         raise UserError(f"--axis-sizes: {asked.axis_sizes} are not all of 2 to {most} devices")
     compile_only()
-    rows = list(_points(asked))
-    summary = _summary(rows)
+    known = _known(asked.out) if asked.resume and asked.out else {}
+    points = [point for point in _points(asked) if tuple(point.values()) not in known]
+    for point in points:
+        known[tuple(point.values())] = point | _told(*_program(**point))
+        if asked.out:
+            _keep(asked, _ordered(known))
+    summary = _summary(_ordered(known))
     heads = tuple(summary[0]) if summary else ()
     lines = [tuple(_cell(row[head]) for head in heads) for row in summary]
     print(f"{aligned([heads, *lines])}\n")
-    if asked.out:
-        chip = chip_of(tpu_slice(next(iter(SLICES[asked.chips[0]].values()))))
-        result = {
-            "title": "ViT-22B's projections over a grid of chips, axis sizes and tokens",
-            "order": 35,
-            "tables": [
-                {"title": "the worst point of each", "rows": summary},
-                {"title": "every point", "rows": rows},
-            ],
-        }
-        keep(asked.out, "grid", command="grid", options=asked, chip=chip, result=result, drawn=None)
     return 0
 
 
 def _points(asked: Options) -> Iterator[dict[str, Any]]:
     passes = (False,) if asked.forward_only else (False, True)
-    for chip, t, mode, grad, m in itertools.product(
+    for values in itertools.product(
         asked.chips, asked.axis_sizes, ("gather", "scatter"), passes, asked.tokens
     ):
-        devices = tpu_slice(next(where for n, where in SLICES[chip].items() if n >= t))
-        mesh = make_mesh(data=-1, tensor=t, devices=devices)
-        k, n = (WIDTH, INTO // t) if mode == "gather" else (OUT_OF // t, WIDTH)
-        product = Product(mode, m, k, n, "bfloat16", grad)
-        tell(f"{chip}, {t} devices, {mode}, {m:,} tokens{', with gradients' * grad} ..")
-        where = {"chip": chip, "devices": t, "mode": mode, "grad": grad, "tokens": m}
-        yield where | _told(product, mesh)
+        yield dict(zip(POINT, values, strict=True))
 
 
-def _told(product: Product, mesh: Any) -> dict[str, Any]:
+def _program(chip: str, devices: int, mode: str, grad: bool, tokens: int) -> tuple[Product, Mesh]:
+    tell(f"{chip}, {devices} devices, {mode}, {tokens:,} tokens{', with gradients' * grad} ..")
+    those = tpu_slice(next(where for n, where in SLICES[chip].items() if n >= devices))
+    k, n = (WALKERS = ("xla", "pallas_tpu")  # backends that follow an algorithm by name
+WIDTH, INTO // devices) if mode == "gather" else (OUT_OF // devices, WIDTH)
+    mesh = make_mesh(data=-1, tensor=devices, devices=those)
+    return Product(mode, tokens, k, n, "bfloat16", grad), mesh
+
+
+def _known(folder: pathlib.Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """The points of a grid that was written into the folder, if there is one."""
+    path = folder / "grid.json"
+    rows = load(path).result["tables"][1]["rows"] if path.is_file() else []
+    return {tuple(row[x] for x in POINT): row for row in rows}
+
+
+def _ordered(known: Mapping[tuple[Any, ...], dict[str, Any]]) -> list[dict[str, Any]]:
+    chips = list(SLICES)
+    return [known[x] for x in sorted(known, key=lambda x: (chips.index(x[0]), *x[1:]))]
+
+
+def _keep(asked: Options, rows: list[dict[str, Any]]) -> None:
+    chip = chip_of(tpu_slice(next(iter(SLICES[asked.chips[0]].values()))))
+    result = {
+        "title": "ViT-22B's projections over a grid of chips, axis sizes and tokens",
+        "order": 35,
+        "tables": [
+            {"title": "the worst point of each", "rows": _summary(rows)},
+            {"title": "every point", "rows": rows},
+        ],
+    }
+    assert asked.out is not None
+    keep(asked.out, "grid", command="grid", options=asked, chip=chip, result=result, drawn=None)
+
+
+def _told(product: Product, mesh: Mesh) -> dict[str, Any]:
     """What a point is asked for."""
     found = dict(_ways(product, mesh))
     bare, chosen, plain = found.get(BARE), found.get(CHOSEN), found.get(PLAIN)
@@ -117,12 +148,11 @@ def _told(product: Product, mesh: Any) -> dict[str, Any]:
     }
 
 
-def _ways(product: Product, mesh: Any) -> Iterator[tuple[str, Prediction]]:
+def _ways(product: Product, mesh: Mesh) -> Iterator[tuple[str, Prediction]]:
     """What compiles; of algorithms that walk the same lanes here, the first."""
     t = mesh.shape["tensor"]
     made = {
         BARE: (functools.partial(product.bare, mesh), None),
-        CHOSEN: (functools.partial(product.program, mesh, None, None), None),
         PLAIN: (functools.partial(product.program, mesh, None, PLAIN), None),
         XLA: (functools.partial(product.program, mesh, None, PLAIN), XLA_COLLECTIVE_MATMUL),
     }
@@ -131,11 +161,26 @@ def _ways(product: Product, mesh: Any) -> Iterator[tuple[str, Prediction]]:
         lanes = algorithms.lanes(name, t)
         if lanes not in walked:
             walked.append(lanes)
-            made[name] = (functools.partial(product.program, mesh, name, "xla"), None)
+            for backend in WALKERS:
+                way = name if backend == "xla" else f"{name}, {backend}"
+                made[way] = (functools.partial(product.program, mesh, name, backend), None)
+    made[CHOSEN] = (functools.partial(product.program, mesh, None, None), None)
+    done: dict[str, Row] = {}  # by program: what is chosen is often one of the others
     for name, (make, options) in made.items():
-        found = tried(name, make, options)
+        try:
+            program = make()
+        except NotImplementedError:  # a kernel whose rows do not fit on the chip
+            continue
+        text = f"{program.traced.lower().as_text()} {options}"
+        found = done[text] = done.get(text) or tried(
+            name, functools.partial(_same, program), options
+        )
         if isinstance(found, Prediction) and found.seconds and found.report:
             yield name, found
+
+
+def _same(program: Program) -> Program:
+    return program
 
 
 def _summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

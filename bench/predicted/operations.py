@@ -127,9 +127,10 @@ class Product:
             if not self.grad:
                 return multiply(lhs, rhs)
             y, gradients = jax.vjp(multiply, lhs, rhs)
-            # As in a model, gradients begin once the result is there. Otherwise one pass's
-            # collectives would hide under the other's products.
-            _, cotangent = lax.optimization_barrier((y[0, 0], cotangent))
+            # As in a model, gradients begin once the result is there, from what was kept: else one
+            # pass's collectives hide under the other's products, and what both gather is gathered
+            # once. All that passes is used, for a barrier lets what is not used fall away.
+            y, gradients, cotangent = lax.optimization_barrier((y, gradients, cotangent))
             return y, gradients(cotangent)
 
         # Every device has its own rows of every array, so that nothing but the mode moves.

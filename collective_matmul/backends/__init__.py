@@ -87,9 +87,12 @@ class Stepwise(Backend, Protocol):
         plan: Plan,
         moved: jax.Array,
         others: Sequence[jax.Array | None],
-        into: Slab | None,
+        into: Slab | None = None,
+        arrivals: list[jax.Array] | None = None,
+        alone: bool = False,
     ) -> Steps[tuple[Any, ...]]:
-        """`gather`, its one result written into a slab if there is one."""
+        """`gather`, its one result written into a slab if there is one; perhaps of `arrivals`, and
+        `alone` if no step is tied to what others do."""
 
     def scatter_steps(
         self, op: Operation, plan: Plan, lhs: Sequence[jax.Array], rhs: Sequence[jax.Array | None]

@@ -95,8 +95,7 @@ def _points(asked: Options) -> Iterator[dict[str, Any]]:
 def _program(chip: str, devices: int, mode: str, grad: bool, tokens: int) -> tuple[Product, Mesh]:
     tell(f"{chip}, {devices} devices, {mode}, {tokens:,} tokens{', with gradients' * grad} ..")
     those = tpu_slice(next(where for n, where in SLICES[chip].items() if n >= devices))
-    k, n = (WALKERS = ("xla", "pallas_tpu")  # backends that follow an algorithm by name
-WIDTH, INTO // devices) if mode == "gather" else (OUT_OF // devices, WIDTH)
+    k, n = (WIDTH, INTO // devices) if mode == "gather" else (OUT_OF // devices, WIDTH)
     mesh = make_mesh(data=-1, tensor=devices, devices=those)
     return Product(mode, tokens, k, n, "bfloat16", grad), mesh
 

@@ -122,7 +122,8 @@ def ranked(op: Operation, chip: hardware.Chip, *, stepwise: bool = False) -> tup
     best = _fewest_hops(op, lanes) if lanes else plain[0]
     if plain and best.steps and best.total > (1 - least_gain(chip)) * plain[0].total:
         best = plain[0]
-    return (best, *(x for x in options if x is not best))
+    others = (x for x in options if x is not best)
+    return (best, *sorted(others, key=lambda x: x.total))
 
 
 def least_gain(chip: hardware.Chip) -> float:

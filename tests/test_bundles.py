@@ -104,7 +104,7 @@ def test_a_text_without_bundles_is_refused():
         bundles.parse("HloModule jit_f")
 
 
-ESTIMATE = '"cost_estimate":{"flops":"1000000000","transcendentals":"0","bytes_accessed":"8192"}'
+ESTIMATE = '"cost_estimate":{"flops":"1000000","transcendentals":"0","bytes_accessed":"8192"}'
 PROGRAM = f"""HloModule jit_f, is_scheduled=true
 
 ENTRY %main (x: f32[32,32]) -> f32[32,32] {{
@@ -122,11 +122,14 @@ def test_a_report_costs_kernels_by_their_bundles():
     report = overlap_report(PROGRAM, chip="v4", bundles={"a": 21_000, "b": 10_500})
     assert [(op.name, op.how) for op in report.ops] == [("a", "bundles"), ("b", "bundles")]
     assert [op.seconds for op in report.ops] == pytest.approx([20e-6, 10e-6])
-    assert report.flops == 10**9, "what is declared is what reconciles"
-    assert report.ops[0].peak_share == pytest.approx(1e9 / 20e-6 / v4.bf16)
+    assert report.flops == 10**6, "what is declared is what reconciles"
+    assert report.ops[0].peak_share == pytest.approx(1e6 / 20e-6 / v4.bf16)
     assert not any("declare" in remark for remark in report.remarks)
     bound_by_bytes = overlap_report(PROGRAM, chip="v4", bundles={"a": 1, "b": 1})
     assert bound_by_bytes.ops[0].seconds == pytest.approx(8192 / v4.hbm_bandwidth)
+    program = PROGRAM.replace('"flops":"1000000"', '"flops":"1000000000"')
+    bound_by_products = overlap_report(program, chip="v4", bundles={"a": 1, "b": 1})
+    assert bound_by_products.ops[0].seconds == pytest.approx(1e9 / v4.bf16)
 
 
 def test_what_is_declared_is_said_to_be_a_lower_bound():

@@ -150,7 +150,7 @@ class _Values:
     """Which scalar is what: every name is given a value in one place.
 
     A place that values are spilled to may hold several in turn: a load gets what the nearest store
-    before it in the text has left.
+    before it in the text has left, or at the top of a loop, the last one of the trip before.
     """
 
     def __init__(self, bodies: Sequence[str]):
@@ -221,8 +221,9 @@ class _Values:
 
     def _spilled(self, name: str, place: str) -> str | None:
         """What was stored there when a name was loaded from it."""
-        stored = [x for x in self._kept.get(place, []) if x[0] < self._loaded[name]]
-        return max(stored)[1] if stored else None
+        stored = self._kept.get(place, [])
+        before = [x for x in stored if x[0] < self._loaded[name]]
+        return max(before or stored)[1] if stored else None
 
     def _one(self, name: str) -> tuple[str, tuple[str, ...]]:
         """The instruction that gives a name its value, or nothing where two do."""

@@ -16,7 +16,7 @@ from collective_matmul.backends.pallas_tpu.ring import Ring
 
 COLUMNS = 128  # of a register: what a tile's width is a multiple of on a TPU
 REGISTER = 32  # bytes of a register's column: 8 rows of 4 bytes, 16 of 2
-LARGEST = 2**33  # multiplications of a tile: it is one straight line of a program
+LARGEST = 2**32  # multiplications of a tile: one straight line of a program, compiled in seconds
 TALLEST = 1024  # rows of a panel: more make no product faster
 SMALLEST = 2**27  # multiplications of a tile that are worth a turn: 2,048 cycles on v4
 FINE = 4  # tiles of a core in a scatter's round, so that sums travel while others are made

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from collective_matmul.backends.pallas_tpu.machine import Machine
 from collective_matmul.backends.pallas_tpu.ring import Ring
@@ -95,14 +95,15 @@ def cut(machine: Machine, ring: Ring, products: Sequence[Product], *, fine: bool
     )
 
 
-def _panels(machine: Machine, ring: Ring, products: Sequence[Product]) -> Iterator[Ring]:
-    """The ring with its rounds in more and more blocks, none of them too tall."""
+def _panels(machine: Machine, ring: Ring, products: Sequence[Product]) -> list[Ring]:
+    """The ring with its rounds in more and more blocks, none too tall where they can be cut."""
     step = 1 if machine.interpret else REGISTER // products[0].itemsize
-    for blocks in PANELS:
-        if not any(height % (blocks * step) for height in ring.heights):
-            panels = dataclasses.replace(ring, blocks=blocks)
-            if panels.height <= TALLEST or ring.height % (2 * blocks * step):
-                yield panels
+    found = [
+        dataclasses.replace(ring, blocks=blocks)
+        for blocks in PANELS
+        if not any(height % (blocks * step) for height in ring.heights)
+    ]
+    return [x for x in found if x.height <= TALLEST] or found[-1:]
 
 
 def _refusal(

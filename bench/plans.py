@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collective_matmul import algorithms, backends
+from collective_matmul.hardware import Chip
 
 
-def plans() -> list[tuple[str, str | None]]:
-    """Every (backend, algorithm) there is; a backend that does not decompose has None."""
+def plans(timed_on: Chip | None = None) -> list[tuple[str, str | None]]:
+    """Every (backend, algorithm) there is; a backend that does not decompose has None.
+
+    Args:
+      timed_on: leaves out whose kernels would be interpreted on this chip.
+    """
     return [
-        (backend, algorithm)
-        for backend in backends.names()
-        for algorithm in (algorithms.names() if backends.get(backend).decomposes else (None,))
+        (name, algorithm)
+        for name in backends.names()
+        for backend in [backends.get(name)]
+        if timed_on is None or not getattr(backend, "interpreted", _nowhere)(timed_on)
+        for algorithm in (algorithms.names() if backend.decomposes else (None,))
     ]
+
+
+def _nowhere(chip: Chip) -> bool:
+    del chip
+    return False
 
 
 def plan_name(backend: str, algorithm: str | None) -> str:

@@ -125,7 +125,10 @@ def test_what_the_suites_time_is_the_product(mode):
 
 
 def test_every_plan_is_timed():
-    assert set(plans()) == {("xla", name) for name in algorithms.names()} | {("unfused", None)}
+    every = {(x, name) for x in ("xla", "pallas_tpu") for name in algorithms.names()}
+    assert set(plans()) == set(plans(hardware.chip("v4"))) == every | {("unfused", None)}
+    timed = {("xla", name) for name in algorithms.names()} | {("unfused", None)}
+    assert set(plans(hardware.chip("cpu"))) == timed, "an interpreted kernel has no time to tell"
 
 
 def test_measure_runs_the_suites_and_reports_ratios(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 
 from bench.plans import plan_name, plans
 from bench.predicted.operations import MODES, Product
+from bench.predicted.slices import chip_of
 from bench.suites.operations import PLAIN, Problem, axis_sizes, program
 
 # m, k, n of a device: a quarter of ViT-22B's MLP, for many tokens and for few; and small ones for
@@ -35,7 +36,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(
         "problem", problems, ids=lambda problem: "-".join(map(str, problem.row.values()))
     )
-    metafunc.parametrize("plan", plans(), ids=lambda plan: plan_name(*plan))
+    metafunc.parametrize("plan", plans(chip_of(jax.devices())), ids=lambda plan: plan_name(*plan))
 
 
 def test_operation(

@@ -34,7 +34,7 @@ IMAGES = 64  # of a device, on accelerators
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every model on every axis size by every schedule; on one device without a mesh."""
     quick, on_cpu = metafunc.config.getoption("quick"), jax.default_backend() == "cpu"
-    names = [plan_name(*plan) for plan in plans()] + [GSPMD]
+    names = [plan_name(*plan) for plan in plans(chip_of(jax.devices()))] + [GSPMD]
     sized = [(t, name) for t in axis_sizes(quick=quick) for name in names] or [(1, "one device")]
     cases = [
         pytest.param(model, t, name, trains, id=f"{model}-{t}-{name}-{_pass(trains)}")

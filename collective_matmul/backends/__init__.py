@@ -10,6 +10,7 @@ A backend is a module with
 and, if it decomposes (`Decomposing`),
 
     accumulates: bool                 can it add up a contracted product chunk by chunk?
+    interpreted(chip)                 do its kernels run operation by operation on such a chip?
     margin: float                     of the time, what it must promise to save to be chosen
     walked(op, plan, chip)            seconds of compute, and of waiting
 
@@ -72,6 +73,9 @@ class Decomposing(Backend, Protocol):
 
     accumulates: bool
     margin: float
+
+    def interpreted(self, chip: Chip) -> bool:
+        """Whether its kernels run operation by operation on such a chip: for tests, not for use."""
 
     def walked(self, op: Operation, plan: Plan, chip: Chip) -> tuple[float, float]:
         """What a plan takes: seconds of compute, and of waiting."""

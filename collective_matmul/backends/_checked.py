@@ -73,6 +73,11 @@ class Checked:
             return "the terms of the scatter have no free letter in common to sum over"
         return self.base.unsupported(op, lanes, chip)
 
+    def interpreted(self, chip: Chip) -> bool:
+        """Where the base's are."""
+        base: Any = self.base
+        return bool(base.interpreted(chip))
+
     def walked(self, op: Operation, plan: Plan, chip: Chip) -> tuple[float, float]:
         """What the base takes."""
         base: Any = self.base

@@ -39,6 +39,12 @@ def unsupported(op: Operation, lanes: tuple[Lane, ...], chip: Chip) -> str | Non
     return None
 
 
+def interpreted(chip: Chip) -> bool:
+    """Nowhere."""
+    del chip
+    return False
+
+
 def walked(op: Operation, plan: Plan, chip: Chip) -> tuple[float, float]:
     """Seconds of compute, and of waiting."""
     return (walk.gather if op.kind == "gather" else walk.scatter)(op, plan, chip)

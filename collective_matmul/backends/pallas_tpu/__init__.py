@@ -29,7 +29,16 @@ from collective_matmul.lanes import Lane
 from collective_matmul.operation import Operation, Plan, Term
 from collective_matmul.product import product, sum_of_products
 
-__all__ = ["accumulates", "decomposes", "gather", "margin", "scatter", "unsupported", "walked"]
+__all__ = [
+    "accumulates",
+    "decomposes",
+    "gather",
+    "interpreted",
+    "margin",
+    "scatter",
+    "unsupported",
+    "walked",
+]
 
 decomposes = True
 accumulates = False
@@ -39,8 +48,7 @@ margin = 0.1
 
 def unsupported(op: Operation, lanes: tuple[Lane, ...], chip: Chip) -> str | None:
     """Why no kernel runs `op` on this chip, or None."""
-    machine = Machine.of(chip)
-    if machine.interpret and op.backend is None:
+    if interpreted(chip) and op.backend is None:
         return "without a TPU it is interpreted, which is for tests: name it"
     if any(x.dtype.itemsize > 4 for term in op.terms for x in (term.lhs, term.out)):
         return f"no kernel knows numbers of 8 bytes, as {op.terms[0].lhs.dtype}"
@@ -48,8 +56,13 @@ def unsupported(op: Operation, lanes: tuple[Lane, ...], chip: Chip) -> str | Non
         return f"a kernel talks to devices, and {op.axis_name!r} is an axis of jax.vmap"
     if op.partly_manual or op.beside_explicit_axes:
         return "a kernel names devices by all axes of the mesh, and some are not manual here"
-    found = arranged(op, lanes, machine) if lanes else None
+    found = arranged(op, lanes, Machine.of(chip)) if lanes else None
     return found if isinstance(found, str) else None
+
+
+def interpreted(chip: Chip) -> bool:
+    """Wherever there is no TPU."""
+    return Machine.of(chip).interpret is not False
 
 
 def gather(

@@ -44,6 +44,7 @@ class Chip:
     hbm_bytes: float  # bytes
     hbm_bandwidth: float  # bytes/s
     cores: int = 1  # that compute, each with on-chip memory of its own
+    unit: int = 128  # columns of a matrix unit
     vmem: float = 0.0  # bytes on chip of one core that a kernel can lay out; 0: no TPU
     kept: float = 0.0  # bytes of an operand that can stay on the chip from product to product
     links: int  # links of the whole chip; with `switched` the one port into the switch
@@ -130,6 +131,7 @@ _TABLE = (
         f32=918 * TERA,  # FLOP/s https://docs.jax.dev/en/latest/201/precision.html
         hbm_bytes=32 * GIB,  # bytes https://docs.cloud.google.com/tpu/docs/v6e
         hbm_bandwidth=1638 * GB,  # bytes/s https://docs.cloud.google.com/tpu/docs/v6e
+        unit=256,  # columns https://github.com/jax-ml/jax/blob/main/jax/_src/tpu_info.py
         vmem=128 * MIB,  # bytes https://github.com/jax-ml/jax/blob/main/jax/_src/tpu_info.py
         kept=96 * MIB,  # bytes assumed: VMEM of a core, 32 MiB less
         links=4,  # ports, 2-D torus: https://docs.cloud.google.com/tpu/docs/v6e
@@ -149,6 +151,7 @@ _TABLE = (
         f32=2307 / 2 * TERA,  # FLOP/s https://docs.jax.dev/en/latest/201/precision.html
         hbm_bytes=192 / 2 * GIB,  # bytes, half: https://docs.cloud.google.com/tpu/docs/tpu7x
         hbm_bandwidth=7380 / 2 * GB,  # bytes/s https://docs.cloud.google.com/tpu/docs/tpu7x
+        unit=256,  # columns https://github.com/jax-ml/jax/blob/main/jax/_src/tpu_info.py
         vmem=64 * MIB,  # bytes https://github.com/jax-ml/jax/blob/main/jax/_src/tpu_info.py
         kept=32 * MIB,  # bytes assumed: VMEM of a core, 32 MiB less
         links=6,  # of the chip, shared by 2: https://docs.cloud.google.com/tpu/docs/tpu7x

@@ -34,7 +34,7 @@ def a_machine(monkeypatch):
 
     def take(cores, vmem):
         interpret = pltpu.InterpretParams(num_cores_or_threads=cores, detect_races=True)
-        made = machine.Machine(cores, vmem, interpret)
+        made = machine.Machine(cores, vmem, 1, interpret)
         monkeypatch.setattr(machine.Machine, "of", staticmethod(lambda chip: made))
         return made
 
@@ -96,8 +96,8 @@ def test_small_machines_cut_products():
     wide = jax.ShapeDtypeStruct((32, 48), jnp.float32)
     ops["scatter"] = cm.explain("mk,kn->mn", whole, wide, axis_size=3, scatter="m").op
     for kind, op in ops.items():
-        small = pallas_tpu.arranged(op, lanes, machine.Machine(1, SMALL, True))
-        large = pallas_tpu.arranged(op, lanes, machine.Machine(1, LARGE, True))
+        small = pallas_tpu.arranged(op, lanes, machine.Machine(1, SMALL, 1, True))
+        large = pallas_tpu.arranged(op, lanes, machine.Machine(1, LARGE, 1, True))
         assert large.ring.blocks == 1, kind
         assert small.ring.blocks * small.tiles.count > large.ring.blocks * large.tiles.count, kind
 

@@ -23,11 +23,13 @@ class Machine:
     Args:
       cores: that share its memory.
       vmem: bytes on chip that a kernel's arrays may take on each of them.
+      unit: columns of a matrix unit.
       interpret: as in `pallas_call`; False on a TPU.
     """
 
     cores: int
     vmem: int
+    unit: int
     interpret: Any
 
     @classmethod
@@ -39,5 +41,5 @@ class Machine:
     def of(cls, chip: Chip) -> Machine:
         """A device of this chip; if it is no TPU, an interpreted one."""
         if chip.vmem:
-            return cls(chip.cores, int(PLANNED * chip.vmem), False)
-        return cls(1, int(INTERPRETED), pltpu.InterpretParams(num_cores_or_threads=1))
+            return cls(chip.cores, int(PLANNED * chip.vmem), chip.unit, False)
+        return cls(1, int(INTERPRETED), 1, pltpu.InterpretParams(num_cores_or_threads=1))

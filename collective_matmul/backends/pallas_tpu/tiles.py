@@ -78,21 +78,31 @@ def cut(machine: Machine, ring: Ring, products: Sequence[Product], *, fine: bool
     """
     if reason := None if machine.interpret else misaligned(ring, products):
         return reason
+    found: list[Cut] = []
     least, why = math.inf, ""
     for panels in _panels(machine, ring, products):
         for resident in (True, False):
             for cap in _widths(machine, max(x.n for x in products)):
-                tiles = [_tiles(machine, panels, x, cap, resident, fine) for x in products]
+                tiles = tuple(_tiles(machine, panels, x, cap, resident, fine) for x in products)
                 needed = _needed(panels, products, tiles)
-                why = _refusal(machine, panels, products, tiles, fine) or why
+                refusal = _refusal(machine, panels, products, tiles, fine)
+                why = refusal or why
                 if needed > machine.vmem:
                     least = min(least, needed)
-                elif not _refusal(machine, panels, products, tiles, fine):
-                    return panels, tuple(tiles)
+                elif not refusal:
+                    found.append((panels, tiles))
+    if found:
+        return min(found, key=lambda each: _padding(machine, each[1]))  # of equals the first
     return why or (
         f"{ring.height} rows a round of k={max(x.k for x in products)} need at least "
         f"{least / 2**20:.1f} MiB on chip, of {machine.vmem / 2**20:.1f} that a kernel may use"
     )
+
+
+def _padding(machine: Machine, tiles: Sequence[Tiles]) -> float:
+    """How many times as many columns the matrix units work on, for they are filled up."""
+    filled = sum(x.total * -(-x.width // machine.unit) * machine.unit for x in tiles)
+    return filled / sum(x.total * x.width for x in tiles)
 
 
 def _panels(machine: Machine, ring: Ring, products: Sequence[Product]) -> list[Ring]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 from collective_matmul import algorithms, backends
 from collective_matmul.hardware import Chip
 
@@ -15,15 +17,10 @@ def plans(timed_on: Chip | None = None) -> list[tuple[str, str | None]]:
     return [
         (name, algorithm)
         for name in backends.names()
-        for backend in [backends.get(name)]
-        if timed_on is None or not getattr(backend, "interpreted", _nowhere)(timed_on)
+        for backend in [cast(Any, backends.get(name))]
+        if not (timed_on and backend.decomposes and backend.interpreted(timed_on))
         for algorithm in (algorithms.names() if backend.decomposes else (None,))
     ]
-
-
-def _nowhere(chip: Chip) -> bool:
-    del chip
-    return False
 
 
 def plan_name(backend: str, algorithm: str | None) -> str:

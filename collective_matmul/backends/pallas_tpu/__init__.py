@@ -8,8 +8,8 @@ kernel that goes on (`all_gather`, `reduce_scatter`). docs/performance.md has wh
 What is multiplied so are products whose moved letter is free (`forms`). Of any other, the kernel
 is the collective alone: of a gather the products follow it, of a scatter they come before it.
 
-On a machine without a TPU it runs where it is named, interpreted operation by operation, in
-`jax.shard_map(check_vma=False)`: slow, for tests.
+On a machine without a TPU it runs where it is named, interpreted operation by operation: slow, for
+tests.
 """
 
 from __future__ import annotations

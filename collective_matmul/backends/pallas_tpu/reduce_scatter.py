@@ -214,7 +214,6 @@ class _Kernel:
     def _settle(self, turn: Turn) -> None:
         """Waits until a turn's tile of the result, if there is one, is where it belongs."""
         h, _ = self.ring.place_backwards(turn.panel)
-
         self.ring.each(h, lambda i: self._home(i, turn).wait(), (turn.panel >= 0) & (h == 0))
 
     def _bring(self, turn: Turn, do: Any) -> None:

@@ -12,9 +12,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from collective_matmul.backends.pallas_tpu.ring import Scalar
 from collective_matmul.backends.pallas_tpu.tiles import Tiles
-
-Scalar = Any  # an int32, traced
 
 
 @dataclasses.dataclass(frozen=True)

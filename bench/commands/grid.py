@@ -8,31 +8,40 @@ far the choice is from the best way there is. Needs libtpu, and no TPU. Times ar
 
 from __future__ import annotations
 
+import csv
 import dataclasses
-import functools
 import itertools
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
-
-from jax.sharding import Mesh
 
 from bench.asking import read
 from bench.commands import UserError
 from bench.predicted.baselines import XLA_COLLECTIVE_MATMUL
-from bench.predicted.comparison import Row, aligned, tell, tried
+from bench.predicted.comparison import aligned, tell
 from bench.predicted.keeping import keep
 from bench.predicted.operations import Product
-from bench.predicted.prediction import Prediction
-from bench.predicted.programs import Program
 from bench.predicted.slices import chip_of, compile_only, tpu_slice
+from bench.predicted.ways import Figures, Predictor, Way
 from bench.record import load
-from collective_matmul import algorithms, make_mesh
+from collective_matmul import algorithms
 from collective_matmul.lanes import Lane
+from models.files import atomically
 
 POINT = ("chip", "devices", "mode", "grad", "tokens")  # what says which point a row is
 BARE, CHOSEN, PLAIN, XLA = "bare product", "None", "unfused", "unfused + XLA"
-WALKERS = ("xla", "pallas_tpu")  # backends that follow an algorithm by name
+# Of kernels, those that send both ways: over 48 points that were predicted with all four, none of
+# the others was ever the best, and kernels are what takes the longest to compile.
+BY_KERNEL = ("two_way", "bidirectional")
+NAME = "grid"
+FIELDS = dataclasses.fields(Figures)
+_READ: dict[str, Callable[[str], Any]] = {
+    **dict.fromkeys(("chip", "mode", "program", "failure"), str),
+    **dict.fromkeys(("devices", "tokens", "temporary"), int),
+    **dict.fromkeys(("seconds", "compute", "exposed"), float),
+    "grad": lambda told: told == "True",
+}
 WIDTH, INTO, OUT_OF = 6144, 43008, 30720
 SLICES = {
     "v4": {4: "v4:2x2x1", 8: "v4:2x2x2", 16: "v4:2x2x4"},
@@ -56,9 +65,10 @@ class Options:
     forward_only: bool = False
     """without the points that compute both gradients too"""
     out: pathlib.Path | None = None
-    """folder for JSON, written after every point"""
+    """folder for JSON and a CSV of every way, written after every point"""
     resume: bool = False
-    """keeps the points that the JSON has already, and predicts what is asked for and missing"""
+    """keeps the folder's other points, and of those asked for what is predicted already: the
+    programs that have not changed since. For after a change that is not in how bench predicts"""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -71,13 +81,15 @@ def main(arguments: Sequence[str]) -> int:
     if not asked.axis_sizes or min(asked.axis_sizes) < 2 or max(asked.axis_sizes) > most:
         raise UserError(f"--axis-sizes: {asked.axis_sizes} are not all of 2 to {most} devices")
     compile_only()
-    known = _known(asked.out) if asked.resume and asked.out else {}
-    points = [point for point in _points(asked) if tuple(point.values()) not in known]
-    for point in points:
-        known[tuple(point.values())] = point | _told(*_program(**point))
-        if asked.out:
-            _keep(asked, _ordered(known))
-    summary = _summary(_ordered(known))
+    rows, ways = _kept(asked.out) if asked.resume and asked.out else ({}, {})
+    known = {x.program: x for point in ways.values() for x in point.values()}
+    with Predictor(known) as predictor:
+        for point, found in _predicted(predictor, list(_points(asked))):
+            key = tuple(point.values())
+            rows[key], ways[key] = point | _told(found), found
+            if asked.out:
+                _keep(asked, rows, ways)
+    summary = _summary(_ordered(rows))
     heads = tuple(summary[0]) if summary else ()
     lines = [tuple(_cell(row[head]) for head in heads) for row in summary]
     print(f"{aligned([heads, *lines])}\n")
@@ -92,94 +104,116 @@ def _points(asked: Options) -> Iterator[dict[str, Any]]:
         yield dict(zip(POINT, values, strict=True))
 
 
-def _program(chip: str, devices: int, mode: str, grad: bool, tokens: int) -> tuple[Product, Mesh]:
-    tell(f"{chip}, {devices} devices, {mode}, {tokens:,} tokens{', with gradients' * grad} ..")
-    those = tpu_slice(next(where for n, where in SLICES[chip].items() if n >= devices))
+def _predicted(
+    predictor: Predictor, points: Sequence[dict[str, Any]]
+) -> Iterator[tuple[dict[str, Any], dict[str, Figures]]]:
+    """Every point with the figures of its ways, as they come."""
+    begun = [(point, dict(_begun(predictor, **point))) for point in points]
+    for point, ways in begun:
+        tell(" ".join(map(str, point.values())))
+        done = {name: future.result() for name, future in ways.items()}
+        yield point, {name: found for name, found in done.items() if found is not None}
+
+
+def _begun(
+    predictor: Predictor, chip: str, devices: int, mode: str, grad: bool, tokens: int
+) -> Iterator[tuple[str, Future[Figures | None]]]:
+    """The ways of a point; of algorithms that walk the same lanes here, the first."""
     k, n = (WIDTH, INTO // devices) if mode == "gather" else (OUT_OF // devices, WIDTH)
-    mesh = make_mesh(data=-1, tensor=devices, devices=those)
-    return Product(mode, tokens, k, n, "bfloat16", grad), mesh
+    product = Product(mode, tokens, k, n, "bfloat16", grad)
+    topology = next(where for count, where in SLICES[chip].items() if count >= devices)
+    way = Way(topology, devices, product)
+
+    def submit(kernel: bool = False, **changes: Any) -> Future[Figures | None]:
+        return predictor.submit(dataclasses.replace(way, **changes), kernel)
+
+    yield BARE, submit(bare=True)
+    yield PLAIN, submit(backend=PLAIN)
+    yield XLA, submit(backend=PLAIN, options=tuple(XLA_COLLECTIVE_MATMUL.items()))
+    for name in _distinct(algorithms.names(), devices):
+        yield name, submit(algorithm=name, backend="xla")
+    for name in _distinct(BY_KERNEL, devices):
+        yield f"{name}, pallas_tpu", submit(True, algorithm=name, backend="pallas_tpu")
+    told = product.explained(devices, chip_of(tpu_slice(topology)))
+    yield CHOSEN, submit(told.chosen.plan.backend == "pallas_tpu")  # often one of the others
 
 
-def _known(folder: pathlib.Path) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """The points of a grid that was written into the folder, if there is one."""
-    path = folder / "grid.json"
-    rows = load(path).result["tables"][1]["rows"] if path.is_file() else []
-    return {tuple(row[x] for x in POINT): row for row in rows}
+def _distinct(names: Sequence[str], devices: int) -> Iterator[str]:
+    walked: list[tuple[Lane, ...]] = []
+    for name in names:
+        lanes = algorithms.lanes(name, devices)
+        if lanes not in walked:
+            walked.append(lanes)
+            yield name
 
 
-def _ordered(known: Mapping[tuple[Any, ...], dict[str, Any]]) -> list[dict[str, Any]]:
-    chips = list(SLICES)
-    return [known[x] for x in sorted(known, key=lambda x: (chips.index(x[0]), *x[1:]))]
+def _kept(
+    folder: pathlib.Path,
+) -> tuple[dict[tuple[Any, ...], dict[str, Any]], dict[tuple[Any, ...], dict[str, Figures]]]:
+    """The rows and the ways of a grid that was written into the folder, by point."""
+    path = folder / f"{NAME}.json"
+    if not path.is_file():
+        return {}, {}
+    rows = {tuple(row[x] for x in POINT): row for row in load(path).result["tables"][1]["rows"]}
+    ways: dict[tuple[Any, ...], dict[str, Figures]] = {}
+    with path.with_suffix(".csv").open(encoding="utf-8", newline="") as lines:
+        for line in csv.DictReader(lines):
+            point = tuple(_READ[x](line[x]) for x in POINT)
+            told = {x.name: _READ[x.name](line[x.name]) for x in FIELDS if line[x.name]}
+            ways.setdefault(point, {})[line["way"]] = Figures(**told)
+    return rows, ways
 
 
-def _keep(asked: Options, rows: list[dict[str, Any]]) -> None:
+def _ordered(known: Mapping[tuple[Any, ...], Any]) -> list[Any]:
+    return [known[x] for x in _sorted(known)]
+
+
+def _sorted(points: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    return sorted(points, key=lambda x: (list(SLICES).index(x[0]), *x[1:]))
+
+
+def _keep(
+    asked: Options,
+    rows: Mapping[tuple[Any, ...], dict[str, Any]],
+    ways: Mapping[tuple[Any, ...], Mapping[str, Figures]],
+) -> None:
     chip = chip_of(tpu_slice(next(iter(SLICES[asked.chips[0]].values()))))
+    ordered = _ordered(rows)
     result = {
         "title": "ViT-22B's projections over a grid of chips, axis sizes and tokens",
         "order": 35,
         "tables": [
-            {"title": "the worst point of each", "rows": _summary(rows)},
-            {"title": "every point", "rows": rows},
+            {"title": "the worst point of each", "rows": _summary(ordered)},
+            {"title": "every point", "rows": ordered},
         ],
     }
     assert asked.out is not None
-    keep(asked.out, "grid", command="grid", options=asked, chip=chip, result=result, drawn=None)
+    keep(asked.out, NAME, command="grid", options=asked, chip=chip, result=result, drawn=None)
+    with atomically(asked.out / f"{NAME}.csv") as draft, draft.open("w", encoding="utf-8") as file:
+        lines = csv.writer(file, lineterminator="\n")
+        lines.writerow((*POINT, "way", *(x.name for x in FIELDS)))
+        for point in _sorted(ways):
+            for way, found in ways[point].items():
+                lines.writerow((*point, way, *dataclasses.astuple(found)))
 
 
-def _told(product: Product, mesh: Mesh) -> dict[str, Any]:
+def _told(ways: Mapping[str, Figures]) -> dict[str, Any]:
     """What a point is asked for."""
-    found = dict(_ways(product, mesh))
-    bare, chosen, plain = found.get(BARE), found.get(CHOSEN), found.get(PLAIN)
-    if bare is None or chosen is None or chosen.report is None or bare.report is None:
+    found = {name: x for name, x in ways.items() if x.seconds}
+    if BARE not in found or CHOSEN not in found:
         return {"note": "does not compile"}
-    others = {name: x for name, x in found.items() if name not in (BARE, CHOSEN)}
-    best = min(others, key=lambda name: others[name].seconds or float("inf"))
-    assert chosen.seconds is not None
-    own = bare.report.compute_seconds
+    seconds = {name: x.seconds or 0.0 for name, x in found.items()}
+    best = min(seconds.keys() - {BARE, CHOSEN}, key=lambda name: (seconds[name], name))
+    chosen, plain, own = found[CHOSEN], found.get(PLAIN), found[BARE].compute or 0.0
     return {
         "bare us": 1e6 * own,
-        "None us": 1e6 * chosen.seconds,
-        "compute of bare": chosen.report.compute_seconds / own,
-        "exposed us": 1e6 * chosen.report.exposed_seconds,
+        "None us": 1e6 * seconds[CHOSEN],
+        "compute of bare": (chosen.compute or 0.0) / own,
+        "exposed us": 1e6 * (chosen.exposed or 0.0),
         "best": best,
-        "of the best": chosen.seconds / (others[best].seconds or float("inf")),
+        "of the best": seconds[CHOSEN] / seconds[best],
         "of the plain's memory": _share(chosen.temporary, plain.temporary if plain else None),
     }
-
-
-def _ways(product: Product, mesh: Mesh) -> Iterator[tuple[str, Prediction]]:
-    """What compiles; of algorithms that walk the same lanes here, the first."""
-    t = mesh.shape["tensor"]
-    made = {
-        BARE: (functools.partial(product.bare, mesh), None),
-        PLAIN: (functools.partial(product.program, mesh, None, PLAIN), None),
-        XLA: (functools.partial(product.program, mesh, None, PLAIN), XLA_COLLECTIVE_MATMUL),
-    }
-    walked: list[tuple[Lane, ...]] = []
-    for name in algorithms.names():
-        lanes = algorithms.lanes(name, t)
-        if lanes not in walked:
-            walked.append(lanes)
-            for backend in WALKERS:
-                way = name if backend == "xla" else f"{name}, {backend}"
-                made[way] = (functools.partial(product.program, mesh, name, backend), None)
-    made[CHOSEN] = (functools.partial(product.program, mesh, None, None), None)
-    done: dict[str, Row] = {}  # by program: what is chosen is often one of the others
-    for name, (make, options) in made.items():
-        try:
-            program = make()
-        except NotImplementedError:  # a kernel whose rows do not fit on the chip
-            continue
-        text = f"{program.traced.lower().as_text()} {options}"
-        found = done[text] = done.get(text) or tried(
-            name, functools.partial(_same, program), options
-        )
-        if isinstance(found, Prediction) and found.seconds and found.report:
-            yield name, found
-
-
-def _same(program: Program) -> Program:
-    return program
 
 
 def _summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

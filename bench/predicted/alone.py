@@ -1,13 +1,13 @@
 """Compiles one kernel, and says how many bundles it issues: `python -m bench.predicted.alone`.
 
 What `bench.predicted.kernels` starts. The kernel comes as JSON on the standard input, the answer is
-the last line of the output. The environment has told the TPU compiler where to write schedules.
+the last line of the output.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import pathlib
 import sys
 from typing import Any
 
@@ -17,8 +17,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from bench.predicted import schedules
+from bench.predicted.schedules import Issued
 from bench.predicted.slices import compile_only, tpu_slice
-from collective_matmul.inspect import bundles, costs, kernels
+from collective_matmul.inspect import costs, kernels
 from collective_matmul.inspect.hlo import parse
 from collective_matmul.inspect.overlap import text_of
 
@@ -37,32 +39,23 @@ DTYPES = {
 
 def main() -> int:
     """Answers what the standard input asks."""
-    print(json.dumps(answer(json.loads(sys.stdin.read()))))
+    print(json.dumps(dataclasses.asdict(answer(json.loads(sys.stdin.read())))))
     return 0
 
 
-def answer(asked: dict[str, Any]) -> dict[str, Any]:
-    """The fields of `kernels.Issued`.
+def answer(asked: dict[str, Any]) -> Issued:
+    """What a kernel issues.
 
     Args:
-      asked: those of `kernels.Kernel`, "topology" and "options" for the compiler, and "folder",
-        where schedules are written.
+      asked: the fields of `kernels.Kernel`, "topology" and "options" for the compiler.
     """
     compile_only()
+    schedules.ask()
     try:
         name = _compiled(asked)
     except (jax.errors.JaxRuntimeError, ValueError, TypeError, NotImplementedError) as error:
-        return {"bundles": None, "why": f"alone it does not compile ({_first(error)})"}
-    schedules = [
-        path
-        for path in pathlib.Path(asked["folder"]).glob(f"*-{name}-*final_bundles.txt")
-        if "schedule-analysis" not in path.name
-    ]
-    if len(schedules) != 1:
-        return {"bundles": None, "why": f"the compiler wrote {len(schedules)} schedules of it"}
-    found = bundles.parse(schedules[0].read_text(encoding="utf-8"))
-    why = f"its schedule does not tell {found.why}" if found.why else ""
-    return {"bundles": found.cycles, "why": why}
+        return Issued(None, f"alone it does not compile ({_first(error)})")
+    return schedules.written(name) or Issued(None, "the compiler did not write its schedule")
 
 
 def _compiled(asked: dict[str, Any]) -> str:

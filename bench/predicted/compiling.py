@@ -17,6 +17,8 @@ from typing import Any
 
 import jax
 
+from bench.predicted import schedules
+
 Options = Mapping[str, str | bool | int | float]
 
 LARGEST = 8  # buffers that are listed
@@ -71,6 +73,7 @@ def attempt(traced: Any, options: Options | None = None) -> Attempt:
       options: the compiler's, by name.
     """
     start = time.perf_counter()
+    schedules.forget()
 
     def ended(
         compiled: Any = None, refusal: OutOfMemory | None = None, failure: str | None = None

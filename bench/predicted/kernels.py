@@ -1,8 +1,8 @@
-"""What the Pallas kernels of a program take: each is compiled alone, and its bundles are counted.
+"""What the Pallas kernels of a program take: the bundles of the compiler's schedules are counted.
 
-The TPU compiler writes the final schedule of what it compiles only if it is told so before it is
-loaded, and then of every operation: gigabytes for a training step. So every distinct kernel is
-compiled by itself, in a process of its own (`alone`), which takes seconds.
+Where the compiler writes schedules (`schedules`), they are there once a program is compiled. Of a
+training step they would be gigabytes: elsewhere every distinct kernel is compiled by itself, in a
+process of its own (`alone`), which takes seconds.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable
 from typing import Any
 
 from jax.sharding import Mesh
 
+from bench.predicted import schedules
 from bench.predicted.compiling import Options
+from bench.predicted.schedules import Issued
 from bench.predicted.slices import SMALLEST, chip_of
 from bench.record import ROOT
 from collective_matmul.hardware import Chip
@@ -56,19 +56,6 @@ class Kernel:
     operands: tuple[tuple[str, tuple[int, ...]], ...]
     taken: tuple[int, ...]
     results: tuple[tuple[str, tuple[int, ...]], ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Issued:
-    """What a kernel issues in a run.
-
-    Args:
-      bundles: of one core; None if it is not known.
-      why: it is not.
-    """
-
-    bundles: int | None
-    why: str = ""
 
 
 def overlap(
@@ -126,6 +113,9 @@ def _issued(module: Module, instruction: Instruction, chip: Chip, options: Optio
         return Issued(None, f"the TPU compiler does not know {chip.name}")
     if _COMMUNICATES in instruction.rest and schedule(instruction) is None:
         return Issued(None, "it communicates, and does not tell what it waits for")
+    written = schedules.written(instruction.name)
+    if written:
+        return written
     try:
         kernel = kernel_of(module, instruction)
     except ValueError as error:
@@ -173,27 +163,18 @@ def issued(kernel: Kernel, topology: str, options: tuple[tuple[str, Any], ...]) 
       options: the compiler's, (name, value).
     """
     asked = {**dataclasses.asdict(kernel), "topology": topology, "options": dict(options)}
-    with tempfile.TemporaryDirectory() as folder:
-        asked["folder"] = folder
-        arguments = [
-            os.environ.get("LIBTPU_INIT_ARGS", ""),
-            f"--xla_jf_dump_to={folder}",
-            "--xla_jf_dump_llo_text=true",
-            "--xla_jf_dump_llo_pass_label_regex=final_bundles",
-        ]
-        try:
-            done = subprocess.run(
-                [sys.executable, "-m", "bench.predicted.alone"],
-                cwd=ROOT,
-                env=os.environ | {"LIBTPU_INIT_ARGS": " ".join(arguments).strip()},
-                input=json.dumps(asked),
-                capture_output=True,
-                text=True,
-                timeout=TIMEOUT,
-                check=False,
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            return Issued(None, f"it could not be compiled alone ({_line(str(error))})")
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "bench.predicted.alone"],
+            cwd=ROOT,
+            input=json.dumps(asked),
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Issued(None, f"it could not be compiled alone ({_line(str(error))})")
     if done.returncode:
         return Issued(None, f"it could not be compiled alone ({_line(done.stderr)})")
     return Issued(**json.loads(done.stdout.splitlines()[-1]))

@@ -1,5 +1,7 @@
 """`python -m bench growth` and `grid`: whole ranges of predictions, with few points here."""
 
+import csv
+
 import pytest
 
 from bench.__main__ import main
@@ -46,8 +48,8 @@ def test_wrong_requests(arguments, told, capsys):
 
 @needs_compiler
 def test_a_grid_of_one_point(tmp_path, capsys):
-    asked = ["--chips", "v5e", "--axis-sizes", "2", "--tokens", "256"]
-    assert main(["grid", *asked, "--out", str(tmp_path)]) == 0
+    asked = ["--chips", "v5e", "--axis-sizes", "2", "--tokens", "256", "--out", str(tmp_path)]
+    assert main(["grid", *asked]) == 0
     assert "None of the best, worst" in capsys.readouterr().out
     summary, points = load(tmp_path / "grid.json").result["tables"]
     kinds = [(row["mode"], row["grad"]) for row in points["rows"]]
@@ -55,6 +57,26 @@ def test_a_grid_of_one_point(tmp_path, capsys):
     assert len(summary["rows"]) == 4
     for row in points["rows"]:
         assert row["compute of bare"] > 0.9 and 0.5 < row["of the best"] < 1.5
-    assert main(["grid", *asked, "--forward-only", "--out", str(tmp_path)]) == 0
+    ways = list(csv.DictReader((tmp_path / "grid.csv").open(encoding="utf-8")))
+    assert {"bare product", "None", "unfused", "unfused + XLA"} < {x["way"] for x in ways}
+    assert any("pallas_tpu" in x["way"] for x in ways)
+    assert all(float(x["seconds"]) > 0 for x in ways if not x["failure"])
+
+    _pretend(tmp_path / "grid.csv", seconds="42.0")
+    assert main(["grid", *asked, "--forward-only", "--resume"]) == 0
+    _, points = load(tmp_path / "grid.json").result["tables"]
+    told = [row["None us"] for row in points["rows"]]
+    assert told == [42e6] * 4, "what is known is not predicted again, and other points stay"
+
+    assert main(["grid", *asked, "--forward-only"]) == 0
     _, points = load(tmp_path / "grid.json").result["tables"]
     assert [row["grad"] for row in points["rows"]] == [False, False]
+    assert all(row["None us"] < 1e6 for row in points["rows"])
+
+
+def _pretend(path, **figures):
+    ways = list(csv.DictReader(path.open(encoding="utf-8")))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        lines = csv.DictWriter(file, ways[0])
+        lines.writeheader()
+        lines.writerows(way | figures for way in ways)

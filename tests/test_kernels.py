@@ -1,6 +1,8 @@
 """Predictions cost Pallas kernels by their bundles: each is compiled alone, in another process."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from bench.__main__ import main
 from bench.predicted import kernels, prediction
 from bench.predicted.programs import Program
 from bench.predicted.slices import SMALLEST, tpu_slice
+from bench.record import ROOT
 from bench.work import Work
 from collective_matmul import hardware, make_mesh
 from collective_matmul.inspect.hlo import parse
@@ -92,6 +95,33 @@ def test_a_prediction_costs_a_kernel_by_its_bundles(chip):
     again = kernels.issued.cache_info().misses
     prediction.predict("again", program(chip))
     assert kernels.issued.cache_info().misses == again, "it is compiled once"
+
+
+ASKED = """
+import unittest.mock
+from bench.predicted import kernels, prediction, schedules
+schedules.ask()
+from tests.test_kernels import program
+with unittest.mock.patch.object(kernels.subprocess, "run", side_effect=AssertionError):
+    for again in range(2):
+        found = prediction.predict("kernel", program("v5e"))
+        (op,) = (op for op in found.report.ops if op.name.startswith("multiply"))
+        print(op.how, found.notes, op.seconds)
+"""
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_process_that_asked_for_schedules_compiles_no_kernel_alone():
+    done = subprocess.run(
+        [sys.executable, "-c", ASKED], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    (op,) = (
+        op
+        for op in prediction.predict("kernel", program("v5e")).report.ops
+        if op.name.startswith("multiply")
+    )
+    assert done.stdout.splitlines() == [f"bundles () {op.seconds}"] * 2
 
 
 @pytest.mark.slow

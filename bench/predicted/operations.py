@@ -124,6 +124,9 @@ class Product:
         lhs, rhs, out = shapes
 
         def run(lhs: jax.Array, rhs: jax.Array, cotangent: jax.Array) -> Any:
+            return jax.tree.map(_corner, lax.optimization_barrier(made(lhs, rhs, cotangent)))
+
+        def made(lhs: jax.Array, rhs: jax.Array, cotangent: jax.Array) -> Any:
             if not self.grad:
                 return multiply(lhs, rhs)
             y, gradients = jax.vjp(multiply, lhs, rhs)
@@ -154,3 +157,10 @@ class Product:
             hardware=hardware_work(count_jaxpr(traced.jaxpr)),
             dtype=self.dtype,
         )
+
+
+def _corner(made: jax.Array) -> jax.Array:
+    """Of what is made, so much that it must be made: as in a model, whose program does not return
+    it. What a communicating kernel makes has a place of its own, and to be returned is copied from
+    there: 128 of 1,261 us for 16,384 x 6,144 x 2,688 gathered over 16 devices of v6e."""
+    return made[:8, :128]

@@ -235,9 +235,12 @@ def _fewest_hops(op: Operation, options: list[Estimate]) -> Estimate:
 
 
 def _preference(option: Estimate) -> tuple[float, int, float, str]:
-    """Of equals that of fewer hops: each piece has a product, or a copy, of its own."""
-    hops = sum(lane.hops for lane in option.plan.lanes)
-    asked = option.total / (1 - getattr(_backend(option.plan), "margin", 0.0))
+    """Of equals that of fewer hops: each piece has a product, or a copy, of its own. In a kernel
+    pieces have not, and what counts is how little the wire is busy."""
+    backend = _backend(option.plan)
+    apart = isinstance(backend, backends.Stepwise)
+    hops = sum(lane.hops for lane in option.plan.lanes) if apart else 0
+    asked = option.total / (1 - getattr(backend, "margin", 0.0))
     return asked, hops, option.wire, option.plan.algorithm or ""
 
 

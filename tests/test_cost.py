@@ -311,6 +311,14 @@ def test_products_that_outlast_hops_are_held_in_order(monkeypatch):
         assert plan.held == held, (mode, t)
 
 
+def test_of_kernels_as_fast_the_one_that_uses_the_wire_least():
+    found = of_vit_22b("v6e", "scatter", 4, 2048)
+    assert found.chosen.plan.backend == "pallas_tpu"
+    assert found.chosen.plan.algorithm == "bidirectional"
+    ring = next(x for x in found.alternatives if x.plan.backend == "pallas_tpu")
+    assert ring.total == found.chosen.total and ring.wire > found.chosen.wire
+
+
 def test_longer_ways_cost_more_on_a_ring():
     explanation = explained("gather", 8192, 8192, 8192, 16, chip="v5e")
     wires = {x.plan.algorithm: x.wire for x in options_of(explanation)}

@@ -173,6 +173,21 @@ def test_another_compiler_is_not_judged():
     assert regress.verdict("x", None, slower)[1] is False
 
 
+def test_a_program_that_this_jax_cannot_read_is_not_judged(monkeypatch, capsys, tmp_path):
+    def unread(case):
+        raise ValueError("jax 0.10.2 cannot read what the compiler wrote")
+
+    monkeypatch.setattr(regress, "predict", unread)
+    golden = tmp_path / "golden.json"
+    golden.write_text('{"7x gather two_way": {"seconds": 1.0}}')
+    asked = ["--only", "^7x gather two_way$", "--golden", str(golden)]
+    assert regress.main(asked) == 0
+    told = capsys.readouterr().out
+    assert told == "7x gather two_way: not judged: jax 0.10.2 cannot read what the compiler wrote\n"
+    assert regress.main([*asked, "--update"]) == 0
+    assert json.loads(golden.read_text()) == {"7x gather two_way": {"seconds": 1.0}}
+
+
 @needs_compiler
 @pytest.mark.parametrize("name", ["v4 gather two_way", "v6e scatter unfused"])
 def test_golden_figures_hold(name):

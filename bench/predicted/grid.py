@@ -25,8 +25,8 @@ BOUNDS = {"gather": 1.03, "scatter": 1.06}  # of the bare product's cycles, that
 BOUND_OF_GRADIENTS = 1.05
 KERNEL = ", pallas_tpu"  # of a way's name: an algorithm by that backend, by name
 BARE, CHOSEN, PLAIN, XLA = "bare product", "None", "unfused", "unfused + XLA"
-# Of kernels, those that send both ways at once: ring's leaves half of the links idle, direct's are in
-# one another's way, and kernels are what takes the longest to compile.
+# Of kernels, those that send both ways at once: ring's leaves half of the links idle, direct's hops
+# are in one another's way, and kernels are what takes the longest to compile.
 BY_KERNEL = ("two_way", "bidirectional")
 FIELDS = tuple(x.name for x in dataclasses.fields(Figures))
 _READ: dict[str, Callable[[str], Any]] = {

@@ -48,7 +48,7 @@ def test_wrong_requests(arguments, told, capsys):
 
 @needs_compiler
 def test_a_grid_of_one_point(tmp_path, capsys):
-    asked = ["--chips", "v5e", "--axis-sizes", "2", "--tokens", "256", "--out", str(tmp_path)]
+    asked = ["--chips", "v5p", "--axis-sizes", "2", "--tokens", "512", "--out", str(tmp_path)]
     assert main(["grid", *asked]) == 0
     assert "None of the best, worst" in capsys.readouterr().out
     summary, points = load(tmp_path / "grid.json").result["tables"]

@@ -34,7 +34,7 @@ def a_machine(monkeypatch):
 
     def take(cores, vmem):
         interpret = pltpu.InterpretParams(num_cores_or_threads=cores, detect_races=True)
-        made = machine.Machine(cores, vmem, 1, interpret)
+        made = machine.Machine(cores, vmem, 0, 1, interpret)
         monkeypatch.setattr(machine.Machine, "of", staticmethod(lambda chip: made))
         return made
 
@@ -96,8 +96,8 @@ def test_small_machines_cut_products():
     wide = jax.ShapeDtypeStruct((32, 48), jnp.float32)
     ops["scatter"] = cm.explain("mk,kn->mn", whole, wide, axis_size=3, scatter="m").op
     for kind, op in ops.items():
-        small = pallas_tpu.arranged(op, lanes, machine.Machine(1, SMALL, 1, True))
-        large = pallas_tpu.arranged(op, lanes, machine.Machine(1, LARGE, 1, True))
+        small = pallas_tpu.arranged(op, lanes, machine.Machine(1, SMALL, 0, 1, True))
+        large = pallas_tpu.arranged(op, lanes, machine.Machine(1, LARGE, 0, 1, True))
         assert large.ring.blocks == 1, kind
         assert small.ring.blocks * small.tiles.count > large.ring.blocks * large.tiles.count, kind
 
@@ -231,6 +231,22 @@ def test_it_compiles_for_real_chips(where, mode):
     assert row.hidden > 0
     (kernel,) = (op for op in report.ops if op.opcode == "custom-call")
     assert kernel.flops >= 2 * 1024**3
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("where", "tensor", "sizes"),
+    [("v4:2x2x2", 8, (2048, 3840, 6144)), ("v5p:2x2x1", 4, (2048, 7680, 6144))],
+)
+def test_rows_that_the_compiler_spills_fit_on_the_chip(where, tensor, sizes):
+    """Tiles as large as the arrays alone allow need 16.7 of v4's 16 MiB, and 66.8 of v5p's 64."""
+    from bench.predicted.operations import Product
+    from bench.predicted.slices import compile_only, tpu_slice
+
+    compile_only()
+    mesh = cm.make_mesh(data=1, tensor=tensor, devices=tpu_slice(where))
+    program = Product("scatter", *sizes).program(mesh, "two_way", "pallas_tpu")
+    assert program.traced.lower().compile().memory_analysis()
 
 
 def test_dtypes_of_a_machine_are_those_of_the_table():

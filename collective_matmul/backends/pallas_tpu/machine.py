@@ -23,12 +23,14 @@ class Machine:
     Args:
       cores: that share its memory.
       vmem: bytes on chip that a kernel's arrays may take on each of them.
+      spare: bytes that are left for the compiler.
       unit: columns of a matrix unit.
       interpret: as in `pallas_call`; False on a TPU.
     """
 
     cores: int
     vmem: int
+    spare: int
     unit: int
     interpret: Any
 
@@ -41,5 +43,6 @@ class Machine:
     def of(cls, chip: Chip) -> Machine:
         """A device of this chip; if it is no TPU, an interpreted one."""
         if chip.vmem:
-            return cls(chip.cores, int(PLANNED * chip.vmem), chip.unit, False)
-        return cls(1, int(INTERPRETED), 1, pltpu.InterpretParams(num_cores_or_threads=1))
+            planned = int(PLANNED * chip.vmem)
+            return cls(chip.cores, planned, int(chip.vmem) - planned, chip.unit, False)
+        return cls(1, int(INTERPRETED), 0, 1, pltpu.InterpretParams(num_cores_or_threads=1))

@@ -20,6 +20,7 @@ LARGEST = 2**32  # multiplications of a tile: one straight line of a program, co
 TALLEST = 1024  # rows of a panel: more make no product faster
 SMALLEST = 2**27  # multiplications of a tile that are worth a turn: 2,048 cycles on v4
 FINE = 4  # tiles of a core in a scatter's round, so that sums travel while others are made
+SPILLED = 1.07  # of a panel's rows: 15.98 MiB of 1,024 x 7,680 on v5p, 3.91 of 512 x 3,840 on v4
 SIGNALS = 384  # of a core's 512 semaphores, those for sums that arrive
 PANELS = (1, 2, 4, 8, 16, 32)  # into which a round may be cut
 
@@ -84,7 +85,9 @@ def cut(machine: Machine, ring: Ring, products: Sequence[Product], *, fine: bool
         for resident in (True, False):
             for cap in _widths(machine, max(x.n for x in products)):
                 tiles = tuple(_tiles(machine, panels, x, cap, resident, fine) for x in products)
-                needed = _needed(panels, products, tiles)
+                needed = _needed(panels, products, tiles) + _spilled(
+                    machine, panels, products, fine
+                )
                 refusal = _refusal(machine, panels, products, tiles, fine)
                 why = refusal or why
                 if needed > machine.vmem:
@@ -178,3 +181,12 @@ def _needed(ring: Ring, products: Sequence[Product], tiles: Sequence[Tiles]) -> 
         x.width * (x.slots * p.k * p.itemsize * p.weighted + ring.height * p.written)
         for p, x in cells
     )
+
+
+def _spilled(machine: Machine, ring: Ring, products: Sequence[Product], fine: bool) -> int:
+    """Bytes on chip that a scatter needs beyond what a kernel's arrays leave: it reads its rows
+    before it multiplies them, and the compiler spills them all."""
+    if not fine or machine.interpret:
+        return 0
+    rows = ring.height * sum(x.k * x.itemsize for x in products)
+    return max(0, int(SPILLED * rows) - machine.spare)

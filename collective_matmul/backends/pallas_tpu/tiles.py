@@ -8,6 +8,7 @@ or only once where a core can keep them all. Of what is on its way two are held:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -157,7 +158,8 @@ def _tiles(
     widths = _widths(machine, product.n)
     if fine:  # and all cores must have a tile in each turn
         most = min(most, product.n // (-(-FINE // ring.blocks) * machine.cores))
-        widths = [w for w in widths if product.n // w % machine.cores == 0] or widths
+        even = tuple(w for w in widths if product.n // w % machine.cores == 0)
+        widths = even or widths
     fitting = [w for w in widths if w <= most] or widths[-1:]
 
     def turns(width: int) -> int:
@@ -167,10 +169,14 @@ def _tiles(
     return Tiles(width, product.n // width, turns(width), resident)
 
 
-def _widths(machine: Machine, n: int) -> list[int]:
+def _widths(machine: Machine, n: int) -> tuple[int, ...]:
     """Of tiles that make up n columns, the widest first."""
-    step = 1 if machine.interpret else COLUMNS
-    return [w for w in range(n, 0, -1) if n % w == 0 and w % step == 0]
+    return _divisors(n, 1 if machine.interpret else COLUMNS)
+
+
+@functools.cache
+def _divisors(n: int, step: int) -> tuple[int, ...]:
+    return tuple(w for w in range(n // step * step, 0, -step) if n % w == 0)
 
 
 def _needed(ring: Ring, products: Sequence[Product], tiles: Sequence[Tiles]) -> int:

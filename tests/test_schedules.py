@@ -60,7 +60,7 @@ class Schedule(NamedTuple):
 @functools.cache
 def compiled(chip, mode, algorithm):
     """(mesh, the compiled product with `algorithm`, or the plain collective for None)."""
-    program = product(chip, mode, algorithm)
+    program = product(chip, mode, algorithm, returned=True)
     return program.mesh, program.traced.lower().compile()
 
 
@@ -79,7 +79,8 @@ def larger(chip, algorithm):
     """As `compiled`, a scatter over 16 devices."""
     mesh = make_mesh(tensor=16, devices=tpu_slice(LARGER[chip]))
     backend = "xla" if algorithm else "unfused"
-    return Product("scatter", M, K, K).program(mesh, algorithm, backend).traced.lower().compile()
+    program = Product("scatter", M, K, K, returned=True).program(mesh, algorithm, backend)
+    return program.traced.lower().compile()
 
 
 def temporary(chip, mode, algorithm):

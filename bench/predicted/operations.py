@@ -57,6 +57,7 @@ class Product:
       m, k, n: sizes of the product of one device.
       dtype: of the operands.
       grad: whether both operands' gradients are computed beside the result.
+      returned: the program returns what it makes, which then is none of its temporary memory.
 
     Raises:
       ValueError: if there is no such mode, or a size is not positive.
@@ -68,6 +69,7 @@ class Product:
     n: int
     dtype: str = "bfloat16"
     grad: bool = False
+    returned: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -124,7 +126,10 @@ class Product:
         lhs, rhs, out = shapes
 
         def run(lhs: jax.Array, rhs: jax.Array, cotangent: jax.Array) -> Any:
-            return jax.tree.map(_corner, lax.optimization_barrier(made(lhs, rhs, cotangent)))
+            results = made(lhs, rhs, cotangent)
+            if self.returned:
+                return results
+            return jax.tree.map(_corner, lax.optimization_barrier(results))
 
         def made(lhs: jax.Array, rhs: jax.Array, cotangent: jax.Array) -> Any:
             if not self.grad:

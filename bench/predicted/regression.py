@@ -55,19 +55,20 @@ class Case:
     slow: bool = False
 
 
-def product(chip: str, mode: str, algorithm: str | None) -> Program:
+def product(chip: str, mode: str, algorithm: str | None, *, returned: bool = False) -> Program:
     """A collective product over 4 devices whose hops its compute can hide.
 
     Args:
       chip: of `SLICES`.
       mode: "gather" or "scatter".
       algorithm: its schedule; None: the plain collective.
+      returned: as of `Product`.
     """
     topology, columns = SLICES[chip]
     mesh = make_mesh(data=-1, tensor=4, devices=tpu_slice(topology))
     sizes = (_ROWS, _WIDTH, columns) if mode == "gather" else (_ROWS, columns, _WIDTH)
     backend = "xla" if algorithm else "unfused"
-    return Product(mode, *sizes).program(mesh, algorithm, backend)
+    return Product(mode, *sizes, returned=returned).program(mesh, algorithm, backend)
 
 
 def blocks(chip: str) -> Program:

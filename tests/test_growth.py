@@ -55,10 +55,11 @@ def test_a_grid_of_one_point(tmp_path, monkeypatch, capsys):
     assert main(["grid", *asked, "--forward-only"]) == 0
     assert "None of the best, worst" in capsys.readouterr().out
     summary, points = load(tmp_path / "grid.json").result["tables"]
-    assert [(row["mode"], row["grad"]) for row in points["rows"]] == FORWARDS
+    kinds = [(row["mode"], row["grad"]) for row in points["rows"]]
+    assert kinds == [("gather", False), ("scatter", False)]
     assert len(summary["rows"]) == 2
     for row in points["rows"]:
-        assert row["compute of bare"] > 0.5 and 0.5 < row["of the best"] < 2
+        assert row["compute of bare"] > 0.9 and 0.5 < row["of the best"] < 1.5
     ways = _lines(tmp_path / "grid.csv")
     assert {"bare product", "None", "unfused", "unfused + XLA"} < {x["way"] for x in ways}
     assert any("pallas_tpu" in x["way"] for x in ways)
@@ -67,12 +68,10 @@ def test_a_grid_of_one_point(tmp_path, monkeypatch, capsys):
     _pretend(tmp_path / "grid.csv", seconds="42.0")
     assert main(["grid", *asked, "--resume"]) == 0
     _, points = load(tmp_path / "grid.json").result["tables"]
-    assert len(points["rows"]) == 4
+    kinds = [(row["mode"], row["grad"]) for row in points["rows"]]
+    assert kinds == [(mode, grad) for mode in ("gather", "scatter") for grad in (False, True)]
     for row in points["rows"]:
         assert row["grad"] == (row["None us"] < 1e6), "what is known is not predicted again"
-
-
-FORWARDS = [("gather", False), ("scatter", False)]
 
 
 def _lines(path):

@@ -81,7 +81,7 @@ class Figures:
 
 
 class Predictor:
-    """Predicts ways; to be closed, or used in a `with`.
+    """Predicts ways, within a `with`.
 
     Args:
       known: figures by the name of their program, which are not predicted again.

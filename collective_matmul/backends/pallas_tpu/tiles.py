@@ -83,12 +83,11 @@ def cut(machine: Machine, ring: Ring, products: Sequence[Product], *, fine: bool
     found: list[Cut] = []
     least, why = math.inf, ""
     for panels in _panels(machine, ring, products):
+        spilled = _spilled(machine, panels, products) if fine else 0
         for resident in (True, False):
             for cap in _widths(machine, max(x.n for x in products)):
                 tiles = tuple(_tiles(machine, panels, x, cap, resident, fine) for x in products)
-                needed = _needed(panels, products, tiles) + _spilled(
-                    machine, panels, products, fine
-                )
+                needed = _needed(panels, products, tiles) + spilled
                 refusal = _refusal(machine, panels, products, tiles, fine)
                 why = refusal or why
                 if needed > machine.vmem:
@@ -189,10 +188,10 @@ def _needed(ring: Ring, products: Sequence[Product], tiles: Sequence[Tiles]) -> 
     )
 
 
-def _spilled(machine: Machine, ring: Ring, products: Sequence[Product], fine: bool) -> int:
+def _spilled(machine: Machine, ring: Ring, products: Sequence[Product]) -> int:
     """Bytes on chip that a scatter needs beyond what a kernel's arrays leave: it reads its rows
     before it multiplies them, and the compiler spills them all."""
-    if not fine or machine.interpret:
+    if machine.interpret:
         return 0
     rows = ring.height * sum(x.k * x.itemsize for x in products)
     return max(0, int(SPILLED * rows) - machine.spare)

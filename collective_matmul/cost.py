@@ -116,19 +116,22 @@ def ranked(op: Operation, chip: hardware.Chip, *, stepwise: bool = False) -> tup
     plans = _plans(op, chip)
     if stepwise:
         plans = [x for x in plans if not x.lanes or isinstance(_backend(x), backends.Stepwise)]
-    options = sorted((estimate(op, plan, chip) for plan in plans), key=_preference)
+    found = [estimate(op, plan, chip) for plan in plans]
+    later = _later(op, found, chip)
+    options = sorted(found, key=lambda x: _preference(x, later[x]))
     plain = [x for x in options if not _backend(x.plan).decomposes]
     lanes = [x for x in options if x not in plain]
     best = _fewest_hops(op, lanes) if lanes else plain[0]
-    if plain and best.steps and best.total > (1 - least_gain(chip)) * plain[0].total:
-        best = plain[0]
+    if plain and best.steps:
+        most = (1 - least_gain(chip, best.plan)) * plain[0].total + later[plain[0]]
+        best = best if best.total + later[best] <= most else plain[0]
     others = (x for x in options if x is not best)
     return (best, *sorted(others, key=lambda x: x.total))
 
 
-def least_gain(chip: hardware.Chip) -> float:
-    """The share of the plain collective's time that a decomposition must promise to save."""
-    return GAIN_IF_ASSUMED if chip.assumed else GAIN
+def least_gain(chip: hardware.Chip, plan: Plan) -> float:
+    """The share of the plain collective's time that a plan must promise to save."""
+    return max(GAIN_IF_ASSUMED if chip.assumed else GAIN, _margin(plan))
 
 
 def estimate(op: Operation, plan: Plan, chip: hardware.Chip) -> Estimate:
@@ -180,22 +183,44 @@ def _held(op: Operation, plan: Plan, chip: hardware.Chip) -> bool:
 def _spare(op: Operation, plan: Plan, chip: hardware.Chip) -> float:
     """Seconds of this operation's wire that pass under the products of the one beside it.
 
-    The gather of a gradient passes under what the scatter chosen beside it leaves of its products;
-    a chain of hops under one product of a plain scatter does not (v4: of 304 us 129 are left). A
-    plain scatter passes under the gather's products, which do not wait for it.
+    A plain scatter passes under the gather's products, which do not wait for it.
     """
     assert op.beside is not None
-    if plan.lanes and not isinstance(_backend(plan), backends.Stepwise):
-        return 0.0  # a kernel waits for its own hops
-    if not plan.lanes and op.kind not in ASYNCHRONOUS.get(chip.name, ()):
+    if op.kind == "gather":
+        return _left(plan, ranked(op.beside, chip)[0], chip)
+    if plan.lanes or "scatter" not in ASYNCHRONOUS.get(chip.name, ()):
         return 0.0
-    if op.kind == "scatter":
-        return 0.0 if plan.lanes else walk.products_time(op.beside, op.shard_size * op.t, chip)
-    beside = ranked(op.beside, chip)[0]
-    if beside.plan.lanes:
-        apart = plan.lanes and not isinstance(_backend(beside.plan), backends.Stepwise)
-        return 0.0 if apart else max(0.0, beside.compute - beside.wire)
-    return 0.0 if plan.lanes else beside.compute
+    return walk.products_time(op.beside, op.shard_size * op.t, chip)
+
+
+def _left(plan: Plan, scatter: Estimate, chip: hardware.Chip) -> float:
+    """Seconds of a gradient's gather by `plan` that pass under the scatter beside it.
+
+    Under what that leaves of its products; but a chain of hops under one product of a plain scatter
+    does not (v4: of 304 us 129 are left).
+    """
+    if plan.lanes:
+        apart = not all(isinstance(_backend(x), backends.Stepwise) for x in (plan, scatter.plan))
+        if apart or not scatter.plan.lanes:  # a kernel waits for its own hops
+            return 0.0
+    elif "gather" not in ASYNCHRONOUS.get(chip.name, ()):
+        return 0.0
+    elif not scatter.plan.lanes:
+        return scatter.compute
+    return max(0.0, scatter.compute - scatter.wire)
+
+
+def _later(op: Operation, options: list[Estimate], chip: hardware.Chip) -> dict[Estimate, float]:
+    """Of a gradient's scatter by each option, how long the gather beside it would take then."""
+    if op.kind == "gather" or op.beside is None:
+        return dict.fromkeys(options, 0.0)
+    alone = [estimate(op.beside, plan, chip) for plan in _plans(op.beside, chip)]
+
+    def took(gather: Estimate, scatter: Estimate) -> float:
+        exposed = max(0.0, gather.exposed - _left(gather.plan, scatter, chip))
+        return (gather.compute + exposed) / (1 - _margin(gather.plan))
+
+    return {x: min(took(gather, x) for gather in alone) for x in options}
 
 
 def _plain_load(op: Operation, chip: hardware.Chip) -> float:
@@ -234,14 +259,19 @@ def _fewest_hops(op: Operation, options: list[Estimate]) -> Estimate:
     return min(near, key=lambda x: x.steps)
 
 
-def _preference(option: Estimate) -> tuple[float, int, float, str]:
+def _preference(option: Estimate, later: float) -> tuple[float, int, float, str]:
     """Of equals that of fewer hops: each piece has a product, or a copy, of its own. In a kernel
     pieces have not, and what counts is how little the wire is busy."""
     backend = _backend(option.plan)
     apart = isinstance(backend, backends.Stepwise)
     hops = sum(lane.hops for lane in option.plan.lanes) if apart else 0
-    asked = option.total / (1 - getattr(backend, "margin", 0.0))
+    asked = option.total / (1 - _margin(option.plan)) + later
     return asked, hops, option.wire, option.plan.algorithm or ""
+
+
+def _margin(plan: Plan) -> float:
+    """The share of another's time that the plan's backend must promise to save."""
+    return getattr(_backend(plan), "margin", 0.0)
 
 
 def _backend(plan: Plan) -> Any:

@@ -44,9 +44,10 @@ class Explanation:
         if not plain:
             return f"the cheapest that honours {', '.join(named)}"
         if self.chosen in plain:
+            asked = sorted({least_gain(self.chip, x.plan) for x in self.alternatives})
             return (
                 "no decomposition is predicted to beat the plain collective by "
-                f"{least_gain(self.chip):.0%}: it falls back"
+                f"{', a kernel by '.join(f'{x:.0%}' for x in asked)}: it falls back"
             )
         gain = plain[0].total / self.chosen.total
         return f"predicted {gain:.2f} times as fast as the plain collective"

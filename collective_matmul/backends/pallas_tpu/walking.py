@@ -12,12 +12,10 @@ from collective_matmul.backends.pallas_tpu.machine import Machine
 from collective_matmul.hardware import Chip, planning_rate
 from collective_matmul.operation import Operation, Plan
 
-REACHED = 0.93
-"""Of the peak: 256 x 6,144 x 2,688 takes 17,373 bundles on v6e, of 16,128 that the peak allows, and
-256 x 6,144 x 128 takes 3,223 of 3,072 on a core of v4."""
-AT_THE_PEAK = ("v5e", "v5p")
-"""Chips on which it takes fewer bundles than the published peak allows, which is not believed:
-there the peak itself counts (`python -m bench grid`)."""
+REACHED = {"v4": 0.97, "v6e": 0.97}
+"""Of the peak: 1,024 x 6,144 x 10,752 four times takes 1,004 us on v4, of 984 that the peak allows,
+and 303 of 295 on v6e. Elsewhere bundles are as few as the published peak allows, or fewer, which is
+not believed (`python -m bench grid`)."""
 
 
 def walked(op: Operation, plan: Plan, chip: Chip) -> tuple[float, float]:
@@ -44,7 +42,7 @@ def _round(made: Arrangement, chip: Chip) -> tuple[float, float]:
     """Seconds of one round's products, and of the first one's, which brings weights that stay."""
     every = first = 0.0
     blocks = made.ring.blocks
-    reached = 1.0 if chip.name in AT_THE_PEAK else REACHED
+    reached = REACHED.get(chip.name, 1.0)
     for weights in made.weights:
         rate = reached * planning_rate(chip, weights.dtype)
         flops = weights.flops(made.ring.height) / rate

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from collective_matmul import backends
 from collective_matmul.arguments import Call
@@ -88,7 +89,8 @@ def _one_by_one(op: Operation, moved: Any, others: Others, cotangents: Any) -> A
 
 
 def _run_side_by_side(op: Operation, moved: Any, others: Others, cotangents: Any) -> Any:
-    """The same, a round of the gather's hops beside each product of the scatter.
+    """The same, a round of the gather's hops beside each product of the scatter, or its one round
+    beside the scatter's kernel.
 
     XLA multiplies the gathered operand first, and waits for it (cost.`HELD`).
     """
@@ -96,12 +98,14 @@ def _run_side_by_side(op: Operation, moved: Any, others: Others, cotangents: Any
     assert dual is not None
     steps, journey = choose(scatter), choose(dual)
     ahead, behind = backends.get(steps.backend), backends.get(journey.backend)
-    assert isinstance(ahead, backends.Stepwise)
     assert isinstance(behind, backends.Stepwise)
-    d_moved, arrivals = beside(
-        ahead.scatter_steps(scatter, steps, cotangents, others),
-        behind.arrive(dual, journey, moved),
-    )
+    arrive = behind.arrive(dual, journey, moved)
+    if isinstance(ahead, backends.Stepwise):
+        products = ahead.scatter_steps(scatter, steps, cotangents, others)
+        d_moved, arrivals = beside(products, arrive)
+    else:
+        made = ahead.scatter(scatter, steps, cotangents, others)
+        d_moved, arrivals = lax.optimization_barrier((made, finish(arrive)))
     fed = _fed(cotangents, others)
     rest = behind.gather_steps(dual, journey, moved, fed, arrivals=arrivals, alone=True)
     return d_moved, finish(rest)

@@ -16,11 +16,12 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
 import collective_matmul as cm
-from collective_matmul import algorithms, cost, hardware
+from collective_matmul import algorithms, cost, duality, hardware
 from collective_matmul.backends import pallas_tpu
-from collective_matmul.backends.pallas_tpu import machine
+from collective_matmul.backends.pallas_tpu import machine, tiles
 from collective_matmul.inspect import overlap_report
 from collective_matmul.inspect.remote import Lane, Schedule
+from collective_matmul.operation import Plan
 
 from .helpers import needs_compiler
 
@@ -86,6 +87,23 @@ def test_two_cores_without_races(a_machine, mesh_of, form, vmem):
     check(mesh_of(1, 2, names=("d", "t")), form, "two_way")
 
 
+@pytest.mark.parametrize("cores", [1, 2])
+def test_sums_share_semaphores_where_there_are_too_few(a_machine, mesh_of, monkeypatch, cores):
+    """Two for each lane and round, where a round has more tiles."""
+    mesh = mesh_of(1, 4, names=("d", "t"))
+    made = a_machine(cores, SMALL)
+    monkeypatch.setattr(tiles, "SIGNALS", 2 * 2 * 2 + 1)  # two_way: two lanes, two rounds
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((64, 32), (32, 64)))
+    op = cm.explain("mk,kn->mn", x, w, axis_size=4, scatter="m").op
+    cut = pallas_tpu.arranged(op, algorithms.lanes("two_way", 4), made)
+    pieces = cut.ring.blocks * cut.tiles.count
+    assert pieces / 2 <= tiles.together(cut.ring, cut.tiles.count) < pieces
+    check(mesh, "scatter", "two_way")
+    monkeypatch.setattr(tiles, "SIGNALS", 2 * 2 * 2 - 1)
+    refused = pallas_tpu.arranged(op, algorithms.lanes("two_way", 4), made)
+    assert "need more semaphores than the 7 there are" in refused
+
+
 def test_small_machines_cut_products():
     """What the tests above rely on."""
     lanes, ops = algorithms.lanes("two_way", 3), {}
@@ -116,6 +134,27 @@ def test_gradients(mesh_of, form):
     dx, dw = back(dy)
     np.testing.assert_array_equal(dx, dy @ w.transpose(0, 2, 1))
     np.testing.assert_array_equal(dw, x.transpose(0, 2, 1) @ dy)
+
+
+def test_a_gradient_s_gather_beside_a_kernel(mesh_of, monkeypatch):
+    """Permutes under the kernel of the scatter, as chosen where there are two or four TPUs."""
+    gather_plan = Plan("xla", "direct", algorithms.lanes("direct", 2), fat=True, held=True)
+    scatter_plan = Plan("pallas_tpu", "two_way", algorithms.lanes("two_way", 2))
+    plans = {"gather": gather_plan, "scatter": scatter_plan}
+    monkeypatch.setattr(duality, "choose", lambda op: plans[op.kind])
+    mesh = mesh_of(2)
+    x, w = (each[0] for each in operands(2))
+    dy = np.random.default_rng(3).integers(-4, 5, size=(32, 32)).astype(np.float32)
+    run = functools.partial(cm.all_gather_matmul, axis_name="t")
+    specs = (P("t"), P(None, "t"))
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=specs[1])
+    back = jax.jit(lambda x, w: jax.vjp(mapped, x, w)[1](dy))
+    dx, dw = back(x, w)
+    np.testing.assert_array_equal(dx, dy @ w.T)
+    np.testing.assert_array_equal(dw, x.T @ dy)
+    text = str(jax.make_jaxpr(back)(x, w))
+    assert text.count("pallas_call") == 1
+    assert text.rindex("optimization_barrier") > text.rindex("pallas_call")
 
 
 def test_bare_collectives(mesh_of):
@@ -200,12 +239,15 @@ def test_a_schedule_is_played_as_the_kernel_runs():
         *(("wait", (0, 1)), ("wait", (1, 1)), ("send", (0, 2)), sixth, sixth),
         *(("wait", (0, 2)), sixth, sixth, sixth),
     ]
+    half, one = pytest.approx(1 / 12), (0, 1, 0)
     scatter = Schedule("scatter", ("t",), lanes, 2)
     steps = list(scatter.steps())
     assert scatter.pieces == 2
     assert steps[:4] == [("work", sixth), ("send", (0, 2, 0)), ("work", sixth), ("send", (0, 2, 1))]
     assert steps[4:6] == [("wait", (0, 2, 0)), ("work", sixth)]
     assert steps[-3:] == [("wait", (0, 1, 1)), ("wait", (1, 1, 1)), ("work", sixth)]
+    shared = list(Schedule("scatter", ("t",), lanes, 4, together=2).steps())
+    assert shared[8:12] == [("wait", (0, 2, 0)), ("wait", (0, 2, 1)), ("work", half), ("send", one)]
     sent = {what for step, what in steps if step == "send"}
     assert sent == {what for step, what in steps if step == "wait"}
 
@@ -236,10 +278,15 @@ def test_it_compiles_for_real_chips(where, mode):
 @needs_compiler
 @pytest.mark.parametrize(
     ("where", "tensor", "sizes"),
-    [("v4:2x2x2", 8, (2048, 3840, 6144)), ("v5p:2x2x1", 4, (2048, 7680, 6144))],
+    [
+        ("v4:2x2x2", 8, (2048, 3840, 6144)),
+        ("v5p:2x2x1", 4, (2048, 7680, 6144)),
+        ("v4:2x2x2", 8, (16384, 3840, 6144)),
+    ],
 )
-def test_rows_that_the_compiler_spills_fit_on_the_chip(where, tensor, sizes):
-    """Tiles as large as the arrays alone allow need 16.7 of v4's 16 MiB, and 66.8 of v5p's 64."""
+def test_scatters_fit_on_the_chip(where, tensor, sizes):
+    """Tiles as large as the arrays alone allow need 16.7 of v4's 16 MiB, and 66.8 of v5p's 64, for
+    rows are spilled. The third has 768 pieces a round, and 384 semaphores for the two lanes' 4."""
     from bench.predicted.operations import Product
     from bench.predicted.slices import compile_only, tpu_slice
 

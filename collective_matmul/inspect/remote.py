@@ -5,7 +5,8 @@ metadata along which axes and lanes they talk, in how many panels and tiles they
 many bytes a hop carries; so the run of one can be played, product by product and hop by hop:
 
     gather    a round's last tile waits for the next round's rows, which are sent on there
-    scatter   a tile waits for the sum of the same tile, which the round before has sent
+    scatter   a tile waits for the sum of the same tile, which the round before has sent, and for
+              those of the tiles after it that share its semaphore
 """
 
 from __future__ import annotations
@@ -43,12 +44,14 @@ class Schedule:
       axes: of the mesh, along which it talks.
       lanes: what moves.
       turns: tiles that a round is worked on in.
+      together: as many tiles' sums are waited for at once.
     """
 
     kind: str
     axes: tuple[str, ...]
     lanes: tuple[Lane, ...]
     turns: int
+    together: int = 1
 
     @property
     def rounds(self) -> int:
@@ -90,7 +93,9 @@ class Schedule:
     def _scatter(self, share: float) -> Iterator[tuple[str, Any]]:
         for h in range(self.rounds, -1, -1):
             for tile in range(self.turns):
-                yield from self._all("wait", h + 1, tile)
+                if tile % self.together == 0:
+                    for each in range(tile, min(tile + self.together, self.turns)):
+                        yield from self._all("wait", h + 1, each)
                 yield "work", share
                 if h:
                     yield from self._all("send", h, tile)
@@ -119,4 +124,5 @@ def schedule(instruction: Instruction) -> Schedule | None:
         tuple(known["axes"]),
         tuple(Lane(*lane) for lane in known["lanes"]),
         known["blocks"] * known["tiles"],
+        known.get("together", 1),
     )

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from collective_matmul.backends.pallas_tpu.ring import Peers, Ring, Scalar, barrier
-from collective_matmul.backends.pallas_tpu.tiles import Tiles
+from collective_matmul.backends.pallas_tpu.tiles import Tiles, together
 from collective_matmul.backends.pallas_tpu.weights import Turn
 
 
@@ -52,6 +52,7 @@ class Departures:
         self._core, self._cores, self._tiles = place
         self._leaving, self._staging = leaving, staging
         self._sent, self._received, self._staged, self._made, self._free = semaphores
+        self._together = together(ring, self._tiles.count)
 
     def agree(self) -> None:
         """Waits until those that will be sent to are in this kernel."""
@@ -105,7 +106,27 @@ class Departures:
         h, _ = self._ring.place_backwards(turn.panel)
         within = turn.panel < self._ring.panels
         above = h + np.int32(1)  # what was active a round before has sent
-        self._ring.each(above, lambda i: self._remote(i, turn, arriving=True).wait_recv(), within)
+        _, first, members = self._group(turn)
+        within &= True if first is None else first
+
+        def arrived(i: int) -> None:
+            self._remote(i, turn, arriving=True).wait_recv()
+
+        def all_arrived(i: int) -> None:
+            lax.fori_loop(np.int32(0), members, lambda _, __: arrived(i), None)
+
+        self._ring.each(above, arrived if first is None else all_arrived, within)
+
+    def _group(self, turn: Turn) -> tuple[Scalar, Any, Any]:
+        """Of the tiles that share a turn's semaphore: which they are in the round, whether this is
+        the first of them (None: the only one), and how many there are from here."""
+        _, block = self._ring.place_backwards(turn.panel)
+        piece, size = block * np.int32(self._tiles.count) + turn.tile, self._together
+        if size == 1:
+            return piece, None, 1
+        left = np.int32(self._ring.blocks * self._tiles.count) - piece
+        group = piece >> np.int32(size.bit_length() - 1)
+        return group, piece & np.int32(size - 1) == 0, lax.min(np.int32(size), left)
 
     def _each(self, turn: Turn, do: Callable[[int], None]) -> None:
         """Does something for each lane whose sum leaves in a turn, if there is one."""
@@ -135,6 +156,6 @@ class Departures:
             source.at[turn.slot, ring.within(i)],
             self._landings[i].at[ring.landing(i, below, block), columns],
             self._sent.at[i, turn.slot],
-            self._received.at[i, below, block * np.int32(tiles.count) + turn.tile],
+            self._received.at[i, below, self._group(turn)[0]],
             device_id=self._peers.behind(i),
         )

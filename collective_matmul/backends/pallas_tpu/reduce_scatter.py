@@ -28,7 +28,7 @@ from collective_matmul.backends.pallas_tpu.calling import kernel_call, like
 from collective_matmul.backends.pallas_tpu.departing import Departures
 from collective_matmul.backends.pallas_tpu.machine import Machine
 from collective_matmul.backends.pallas_tpu.ring import Peers, Ring, Scalar
-from collective_matmul.backends.pallas_tpu.tiles import Tiles
+from collective_matmul.backends.pallas_tpu.tiles import Tiles, together
 from collective_matmul.backends.pallas_tpu.weights import Columns, Stream, Turn, Weights
 
 
@@ -56,9 +56,10 @@ def reduce_scatter(
       y, [shard, n].
     """
     lanes, n, cores = len(ring.lanes), tiles.width * tiles.total, machine.cores
-    panel = (ring.height, tiles.width)
+    panel, shared = (ring.height, tiles.width), together(ring, tiles.count)
+    groups = -(-ring.blocks * tiles.count // shared)
     scratch: list[Any] = [
-        pltpu.SemaphoreType.DMA((lanes, ring.rounds, tiles.count * ring.blocks)),  # received
+        pltpu.SemaphoreType.DMA((lanes, ring.rounds, groups)),  # received
         *[pltpu.SemaphoreType.DMA((lanes, 2))] * 4,  # sent, brought, written, copied
         *[pltpu.SemaphoreType.REGULAR(())] * 2,  # between cores
         *[pltpu.VMEM((2, *panel), wire)] * 2,  # what arrived, what leaves
@@ -94,7 +95,7 @@ def reduce_scatter(
         scratch,
         cores=cores,
         cost=cost,
-        told=ring.told("scatter", n * wire.itemsize, tiles.count),
+        told=ring.told("scatter", n * wire.itemsize, tiles.count, shared),
     )
     return y
 

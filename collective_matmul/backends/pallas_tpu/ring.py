@@ -144,13 +144,14 @@ class Ring:
         """What every first row is a multiple of."""
         return functools.reduce(np.gcd, (self.shard, *sum(self.bounds, ()), *self.heights)).item()
 
-    def told(self, kind: str, bytes_a_row: int, tiles: int) -> dict[str, str]:
+    def told(self, kind: str, bytes_a_row: int, tiles: int, together: int = 1) -> dict[str, str]:
         """The metadata that `inspect` reads a kernel's schedule from.
 
         Args:
           kind: "gather" or "scatter".
           bytes_a_row: that travel.
           tiles: that a panel's product is made in.
+          together: of a round's tiles, as many are waited for at once.
         """
         sizes = (stop - start for start, stop in self.bounds)
         lanes = [
@@ -163,7 +164,7 @@ class Ring:
             "lanes": lanes,
             "blocks": self.blocks,
             "tiles": tiles,
-        }
+        } | ({"together": together} if together > 1 else {})
         return {"collective": json.dumps(schedule)}
 
 

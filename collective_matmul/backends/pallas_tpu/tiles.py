@@ -95,7 +95,8 @@ def cut(machine: Machine, ring: Ring, products: Sequence[Product], *, fine: bool
                 elif not refusal:
                     found.append((panels, tiles))
     if found:
-        return min(found, key=lambda each: _padding(machine, each[1]))  # of equals the first
+        # Of equals the first.
+        return min(found, key=lambda each: (_padding(machine, each[1]), fine and _shared(*each)))
     return why or (
         f"{ring.height} rows a round of k={max(x.k for x in products)} need at least "
         f"{least / 2**20:.1f} MiB on chip, of {machine.vmem / 2**20:.1f} that a kernel may use"
@@ -125,12 +126,29 @@ def _refusal(
     """Why these tiles will not do, whatever they need on chip."""
     if fine and tiles[0].total % machine.cores:
         return f"{products[0].n} columns do not split over {machine.cores} cores"
-    signals = len(ring.lanes) * ring.rounds * ring.blocks * tiles[0].count
-    if fine and signals > SIGNALS:
-        return f"sums in {signals} pieces need as many semaphores, of at most {SIGNALS}"
+    if fine and not together(ring, tiles[0].count):
+        return f"sums over {ring.rounds} hops need more semaphores than the {SIGNALS} there are"
     if tiles[0].resident and any(_small(ring, *each) for each in zip(products, tiles, strict=True)):
         return "what stays on chip leaves no room for tiles worth a turn"
     return None
+
+
+def together(ring: Ring, turns: int) -> int:
+    """Tiles of a scatter's round, of so many turns a panel, whose sums arrive under one semaphore:
+    a power of two, 0 if there are too few semaphores.
+
+    They are waited for together, for nothing says which of them has arrived. A round has two such
+    groups at least: a device waits for a round's first group before it sends its last tile.
+    """
+    there = SIGNALS // (len(ring.lanes) * max(1, ring.rounds))
+    found = 1
+    while (groups := -(-ring.blocks * turns // found)) > there > 1:
+        found *= 2
+    return found if groups <= there else 0
+
+
+def _shared(ring: Ring, tiles: Sequence[Tiles]) -> bool:
+    return together(ring, tiles[0].count) > 1
 
 
 def _small(ring: Ring, product: Product, tiles: Tiles) -> bool:

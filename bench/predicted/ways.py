@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
 
+import jax
+
 from bench import record
 from bench.predicted import schedules
 from bench.predicted.comparison import tried
@@ -124,6 +126,9 @@ _known: dict[str, Figures] = {}  # of this process
 def _begin(known: dict[str, Figures], writes: bool) -> None:
     _known.update(known)
     compile_only()
+    # A kernel's text has the lines of source that it is from: with them any edit would rename it.
+    jax.config.update("jax_include_full_tracebacks_in_locations", True)
+    jax.config.update("jax_traceback_in_locations_limit", 0)
     if writes:
         schedules.ask()
 

@@ -103,30 +103,32 @@ class Departures:
         self._each(turn, lambda i: self._remote(i, turn).wait_send())
 
     def _receive(self, turn: Turn) -> None:
-        h, _ = self._ring.place_backwards(turn.panel)
+        h, block = self._ring.place_backwards(turn.panel)
         within = turn.panel < self._ring.panels
         above = h + np.int32(1)  # what was active a round before has sent
-        _, first, members = self._group(turn)
-        within &= True if first is None else first
+        if self._together == 1:
+            arrived = self._wait
+        else:
+            piece = self._piece(block, turn)
+            left = np.int32(self._ring.blocks * self._tiles.count) - piece
+            members = lax.min(np.int32(self._together), left)
+            within &= piece & np.int32(self._together - 1) == 0
 
-        def arrived(i: int) -> None:
-            self._remote(i, turn, arriving=True).wait_recv()
+            def arrived(i: int, turn: Turn) -> None:
+                lax.fori_loop(np.int32(0), members, lambda _, __: self._wait(i, turn), None)
 
-        def all_arrived(i: int) -> None:
-            lax.fori_loop(np.int32(0), members, lambda _, __: arrived(i), None)
+        self._ring.each(above, lambda i: arrived(i, turn), within)
 
-        self._ring.each(above, arrived if first is None else all_arrived, within)
+    def _wait(self, i: int, turn: Turn) -> None:
+        self._remote(i, turn, arriving=True).wait_recv()
 
-    def _group(self, turn: Turn) -> tuple[Scalar, Any, Any]:
-        """Of the tiles that share a turn's semaphore: which they are in the round, whether this is
-        the first of them (None: the only one), and how many there are from here."""
-        _, block = self._ring.place_backwards(turn.panel)
-        piece, size = block * np.int32(self._tiles.count) + turn.tile, self._together
-        if size == 1:
-            return piece, None, 1
-        left = np.int32(self._ring.blocks * self._tiles.count) - piece
-        group = piece >> np.int32(size.bit_length() - 1)
-        return group, piece & np.int32(size - 1) == 0, lax.min(np.int32(size), left)
+    def _piece(self, block: Scalar, turn: Turn) -> Scalar:
+        """Which tile of its round a turn is about."""
+        return block * np.int32(self._tiles.count) + turn.tile
+
+    def _group(self, piece: Scalar) -> Scalar:
+        """Whose semaphore it has."""
+        return piece if self._together == 1 else piece >> np.int32(self._together.bit_length() - 1)
 
     def _each(self, turn: Turn, do: Callable[[int], None]) -> None:
         """Does something for each lane whose sum leaves in a turn, if there is one."""
@@ -156,6 +158,6 @@ class Departures:
             source.at[turn.slot, ring.within(i)],
             self._landings[i].at[ring.landing(i, below, block), columns],
             self._sent.at[i, turn.slot],
-            self._received.at[i, below, self._group(turn)[0]],
+            self._received.at[i, below, self._group(self._piece(block, turn))],
             device_id=self._peers.behind(i),
         )

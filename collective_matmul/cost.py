@@ -1,7 +1,8 @@
 """The cost model: how long an operation would take by each plan, and which plan to run.
 
-A decomposed plan is walked round by round (`walk`). A plain collective is all waiting, but pays the
-permute's latency once. The numbers choose a schedule; they are no prediction of a step time.
+A decomposed plan is walked round by round (`walk`), a plain collective is waited for (`plain`). The
+two operations of a gradient are chosen together. The numbers choose a schedule; they are no
+prediction of a step time.
 """
 
 from __future__ import annotations
@@ -10,21 +11,11 @@ import dataclasses
 import functools
 from typing import Any
 
-from collective_matmul import algorithms, backends, hardware, walk
+from collective_matmul import algorithms, backends, hardware, plain, walk
 from collective_matmul.compiling import current_chip
 from collective_matmul.lanes import rounds, steps
 from collective_matmul.operation import Operation, Plan
 
-SEVERAL_RINGS = 2 / 3
-"""Of the time of one ring both ways, what a plain gather takes over 8 or more chips of a 3-D torus:
-170 and 183 us for 2,048 x 6,144 over 8 and 16 devices of v4, where one ring takes 252 and 274."""
-PLAIN_SCATTER = {"v4": 4 / 3, "v5p": 4 / 3, "v5e": 1.1, "v6e": 1.0}
-"""As many times of that of one ring takes a plain reduce-scatter over 8 devices: 336 us on v4. Over
-16 of a 2-D torus it is twice as much again: 540 us on v5e."""
-ASYNCHRONOUS = {"v5e": ("gather",), "7x": ("gather", "scatter")}
-"""Chips on which the compiler runs a plain collective beside independent products, and which. With
-both gradients of 2,048 x 6,144 x 10,752 over 4 devices it exposes none of the gather's 169 us on
-v5e, and all of both collectives on v4, v5p and v6e (`python -m bench grid`)."""
 GAIN = 0.02  # a decomposition must promise at least this before it replaces the plain collective,
 GAIN_IF_ASSUMED = 0.10  # and this on a chip whose numbers are assumptions
 SLICING = ("v4", "v6e")
@@ -119,12 +110,12 @@ def ranked(op: Operation, chip: hardware.Chip, *, stepwise: bool = False) -> tup
     found = [estimate(op, plan, chip) for plan in plans]
     later = _later(op, found, chip)
     options = sorted(found, key=lambda x: _preference(x, later[x]))
-    plain = [x for x in options if not _backend(x.plan).decomposes]
-    lanes = [x for x in options if x not in plain]
-    best = _fewest_hops(op, lanes) if lanes else plain[0]
-    if plain and best.steps:
-        most = (1 - least_gain(chip, best.plan)) * plain[0].total + later[plain[0]]
-        best = best if best.total + later[best] <= most else plain[0]
+    whole = [x for x in options if not _backend(x.plan).decomposes]
+    lanes = [x for x in options if x not in whole]
+    best = _fewest_hops(op, lanes) if lanes else whole[0]
+    if whole and best.steps:
+        most = (1 - least_gain(chip, best.plan)) * whole[0].total + later[whole[0]]
+        best = best if best.total + later[best] <= most else whole[0]
     others = (x for x in options if x is not best)
     return (best, *sorted(others, key=lambda x: x.total))
 
@@ -145,11 +136,9 @@ def estimate(op: Operation, plan: Plan, chip: hardware.Chip) -> Estimate:
         flops = walk.flops(op, op.shard_size) * (op.t - 1) // max(1, steps(plan.lanes))
     else:
         compute = walk.products_time(op, op.shard_size * op.t, chip)
-        loads = [_plain_load(op, chip)] * (op.t - 1)
-        latency = chip.permute_latency + max(0, op.t // 2 - 1) * chip.hop_latency
-        slower = _plain_slowdown(op, chip) * op.travelling.nbytes / chip.link_bandwidth
-        wire = (sum(loads) * slower + latency) if loads else 0.0
-        exposed, share, flops = wire, loads[0] if loads else 0, 0
+        loads = plain.loads(op, chip)
+        wire = exposed = plain.seconds(op, chip)
+        share, flops = loads[0] if loads else 0, 0
     if op.beside is not None:
         exposed -= _spare(op, plan, chip)
     return Estimate(
@@ -201,57 +190,33 @@ def _spare(op: Operation, plan: Plan, chip: hardware.Chip) -> float:
     """
     assert op.beside is not None
     if op.kind == "gather":
-        return _left(plan, ranked(op.beside, chip)[0], chip)
-    if plan.lanes or "scatter" not in ASYNCHRONOUS.get(chip.name, ()):
+        return _left(op, plan, ranked(op.beside, chip)[0], chip)
+    if plan.lanes or not plain.asynchronous(op, chip):
         return 0.0
     return walk.products_time(op.beside, op.shard_size * op.t, chip)
 
 
-def _left(plan: Plan, scatter: Estimate, chip: hardware.Chip) -> float:
+def _left(op: Operation, plan: Plan, scatter: Estimate, chip: hardware.Chip) -> float:
     """Seconds of a gradient's gather by `plan` that pass under the scatter beside it, under what
     that leaves of its products."""
-    if plan.lanes and not _pass_under(plan, scatter.plan):
+    hidden = _pass_under(plan, scatter.plan) if plan.lanes else plain.asynchronous(op, chip)
+    if not hidden:
         return 0.0
-    if not plan.lanes and "gather" not in ASYNCHRONOUS.get(chip.name, ()):
-        return 0.0
-    if not scatter.plan.lanes:
-        return scatter.compute
-    return max(0.0, scatter.compute - scatter.wire)
+    return max(0.0, scatter.compute - scatter.wire) if scatter.plan.lanes else scatter.compute
 
 
 def _later(op: Operation, options: list[Estimate], chip: hardware.Chip) -> dict[Estimate, float]:
     """Of a gradient's scatter by each option, how long the gather beside it would take then."""
     if op.kind == "gather" or op.beside is None:
         return dict.fromkeys(options, 0.0)
-    alone = [estimate(op.beside, plan, chip) for plan in _plans(op.beside, chip)]
+    gather = op.beside
+    alone = [estimate(gather, plan, chip) for plan in _plans(gather, chip)]
 
-    def took(gather: Estimate, scatter: Estimate) -> float:
-        exposed = max(0.0, gather.exposed - _left(gather.plan, scatter, chip))
-        return (gather.compute + exposed) / (1 - _margin(gather.plan))
+    def took(each: Estimate, scatter: Estimate) -> float:
+        exposed = max(0.0, each.exposed - _left(gather, each.plan, scatter, chip))
+        return (each.compute + exposed) / (1 - _margin(each.plan))
 
-    return {x: min(took(gather, x) for gather in alone) for x in options}
-
-
-def _plain_load(op: Operation, chip: hardware.Chip) -> float:
-    """Shards on the busiest link for each other device, by a plain collective.
-
-    It uses both directions of a ring, and several rings where the devices fill three dimensions.
-    Two chips, and a switch, have one way. The devices of a chip share its links.
-    """
-    chips = op.t // chip.devices_per_chip
-    if chips < 2:
-        return 1 / hardware.IN_CHIP
-    both = 1.0 if chips == 2 or chip.switched else 0.5
-    fast = op.kind == "gather" or chip.name not in PLAIN_SCATTER
-    rings = SEVERAL_RINGS if chips >= 8 and chip.links == 6 and fast else 1.0
-    return rings * both * chip.devices_per_chip * (chips - 1) / (op.t - 1)
-
-
-def _plain_slowdown(op: Operation, chip: hardware.Chip) -> float:
-    """How much longer the plain reduce-scatter takes than its bytes over one ring."""
-    if op.kind == "gather" or op.t < 8:
-        return 1.0
-    return PLAIN_SCATTER.get(chip.name, 1.0) * (op.t / 8 if chip.links == 4 else 1)
+    return {x: min(took(each, x) for each in alone) for x in options}
 
 
 def _fewest_hops(op: Operation, options: list[Estimate]) -> Estimate:

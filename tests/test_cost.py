@@ -270,8 +270,8 @@ def test_two_chips_of_two_devices_have_one_way_between_them():
 
 # {point: the algorithms of the scatter and of the gather of the gradient of a gather of ViT-22B's,
 # or of the one gather of a scatter's; None is the plain collective}, each as the TPU compiler
-# confirms it to be within 2 % of the best of all ways (`python -m bench grid`). The scatters of v5e,
-# v5p and v6e are kernels'.
+# confirms it to be within 2 % of the best of all ways (`python -m bench grid`). Of v5e, v5p and v6e
+# the scatters are kernels'.
 GRADIENTS = {
     ("v4", "gather", 4, 16384): ("two_way", "two_way"),
     ("v4", "scatter", 4, 16384): ("two_way",),

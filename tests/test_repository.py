@@ -18,7 +18,7 @@ LIBRARY = ROOT / "collective_matmul"
 FLOORS = (
     ("lanes", "spec", "varying", "hardware", "torus", "steps", "memory"),
     ("operation", "mesh", "slab", "compiling"),
-    ("product", "walk"),
+    ("product", "walk", "plain"),
     ("algorithms", "backends", "inspect"),
     ("cost",),
     ("arguments",),

@@ -162,7 +162,7 @@ def _held(op: Operation, plan: Plan, chip: hardware.Chip) -> bool:
         work = walk.filled_time(op, rows, chip)
     else:
         other = ranked(op.beside, chip)[0].plan
-        if not _pass_under(plan, other):
+        if not _pass_under(op, plan, other):
             return False
         if not isinstance(_backend(other), backends.Stepwise):
             return True
@@ -170,17 +170,21 @@ def _held(op: Operation, plan: Plan, chip: hardware.Chip) -> bool:
     return work >= HELD * walk.hop_time(op, plan.lanes, 1, chip)
 
 
-def _pass_under(plan: Plan, scatter: Plan) -> bool:
-    """Whether a gather's hops pass under the products of the scatter beside it.
+def _pass_under(op: Operation, plan: Plan, scatter: Plan) -> bool:
+    """Whether the hops of the gather `op` pass under the products of the scatter beside it.
 
-    Not a kernel's own, which waits for them. Under a kernel, or one product of a plain scatter, no
+    Within a kernel, if it can carry them. Under a kernel, or one product of a plain scatter, no
     chain of hops does (v4: of 304 us 129 are left); hops that are independent do, and under a
     kernel are held there: with both gradients of 16,384 x 6,144 x 10,752 over 4 devices of v5p
     1,068 us of 15,736 are exposed if the order is left to the compiler, and held none of 14,668.
     """
-    if not scatter.lanes or not isinstance(_backend(plan), backends.Stepwise):
+    behind, ahead = _backend(plan), _backend(scatter)
+    if not scatter.lanes:
         return False
-    return isinstance(_backend(scatter), backends.Stepwise) or steps(plan.lanes) == 1
+    if not isinstance(behind, backends.Stepwise):
+        same = isinstance(ahead, backends.Carrying) and plan.lanes == scatter.lanes
+        return same and ahead.carries(op, plan.lanes)
+    return isinstance(ahead, backends.Stepwise) or steps(plan.lanes) == 1
 
 
 def _spare(op: Operation, plan: Plan, chip: hardware.Chip) -> float:
@@ -199,7 +203,7 @@ def _spare(op: Operation, plan: Plan, chip: hardware.Chip) -> float:
 def _left(op: Operation, plan: Plan, scatter: Estimate, chip: hardware.Chip) -> float:
     """Seconds of a gradient's gather by `plan` that pass under the scatter beside it, under what
     that leaves of its products."""
-    hidden = _pass_under(plan, scatter.plan) if plan.lanes else plain.asynchronous(op, chip)
+    hidden = _pass_under(op, plan, scatter.plan) if plan.lanes else plain.asynchronous(op, chip)
     if not hidden:
         return 0.0
     return max(0.0, scatter.compute - scatter.wire) if scatter.plan.lanes else scatter.compute

@@ -89,8 +89,8 @@ def _one_by_one(op: Operation, moved: Any, others: Others, cotangents: Any) -> A
 
 
 def _run_side_by_side(op: Operation, moved: Any, others: Others, cotangents: Any) -> Any:
-    """The same, a round of the gather's hops beside each product of the scatter, or its one round
-    beside the scatter's kernel.
+    """The same, a round of the gather's hops beside each product of the scatter; or beside the
+    scatter's kernel its one round, or within that all of them.
 
     XLA multiplies the gathered operand first, and waits for it (cost.`HELD`).
     """
@@ -98,7 +98,10 @@ def _run_side_by_side(op: Operation, moved: Any, others: Others, cotangents: Any
     assert dual is not None
     steps, journey = choose(scatter), choose(dual)
     ahead, behind = backends.get(steps.backend), backends.get(journey.backend)
-    assert isinstance(behind, backends.Stepwise)
+    fed = _fed(cotangents, others)
+    if not isinstance(behind, backends.Stepwise):
+        assert isinstance(ahead, backends.Carrying)
+        return ahead.carry(scatter, steps, cotangents, others, dual, moved, fed)
     arrive = behind.arrive(dual, journey, moved)
     if isinstance(ahead, backends.Stepwise):
         products = ahead.scatter_steps(scatter, steps, cotangents, others)
@@ -106,7 +109,6 @@ def _run_side_by_side(op: Operation, moved: Any, others: Others, cotangents: Any
     else:
         made = ahead.scatter(scatter, steps, cotangents, others)
         d_moved, arrivals = lax.optimization_barrier((made, finish(arrive)))
-    fed = _fed(cotangents, others)
     rest = behind.gather_steps(dual, journey, moved, fed, arrivals=arrivals, alone=True)
     return d_moved, finish(rest)
 

@@ -136,15 +136,13 @@ def test_gradients(mesh_of, form):
     np.testing.assert_array_equal(dw, x.transpose(0, 2, 1) @ dy)
 
 
-def test_a_gradient_s_gather_beside_a_kernel(mesh_of, monkeypatch):
-    """Permutes under the kernel of the scatter, as chosen where there are two or four TPUs."""
-    gather_plan = Plan("xla", "direct", algorithms.lanes("direct", 2), fat=True, held=True)
-    scatter_plan = Plan("pallas_tpu", "two_way", algorithms.lanes("two_way", 2))
+def gradients(mesh, monkeypatch, scatter_plan, gather_plan):
+    """Of a gather, by these plans, against numpy; and the gradient's jaxpr."""
+    t = mesh.shape["t"]
     plans = {"gather": gather_plan, "scatter": scatter_plan}
     monkeypatch.setattr(duality, "choose", lambda op: plans[op.kind])
-    mesh = mesh_of(2)
-    x, w = (each[0] for each in operands(2))
-    dy = np.random.default_rng(3).integers(-4, 5, size=(32, 32)).astype(np.float32)
+    x, w = (each[0] for each in operands(t))
+    dy = np.random.default_rng(3).integers(-4, 5, size=(16 * t, 16 * t)).astype(np.float32)
     run = functools.partial(cm.all_gather_matmul, axis_name="t")
     specs = (P("t"), P(None, "t"))
     mapped = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=specs[1])
@@ -152,9 +150,28 @@ def test_a_gradient_s_gather_beside_a_kernel(mesh_of, monkeypatch):
     dx, dw = back(x, w)
     np.testing.assert_array_equal(dx, dy @ w.T)
     np.testing.assert_array_equal(dw, x.T @ dy)
-    text = str(jax.make_jaxpr(back)(x, w))
+    return str(jax.make_jaxpr(back)(x, w))
+
+
+def test_a_gradient_s_gather_beside_a_kernel(mesh_of, monkeypatch):
+    """Independent permutes under the kernel of the scatter."""
+    scatter = Plan("pallas_tpu", "two_way", algorithms.lanes("two_way", 2))
+    gather = Plan("xla", "direct", algorithms.lanes("direct", 2), fat=True, held=True)
+    text = gradients(mesh_of(2), monkeypatch, scatter, gather)
     assert text.count("pallas_call") == 1
     assert text.rindex("optimization_barrier") > text.rindex("pallas_call")
+
+
+@pytest.mark.parametrize(("algorithm", "cores"), [("two_way", 1), ("bidirectional", 2)])
+def test_a_gradient_s_gather_within_a_kernel(a_machine, mesh_of, monkeypatch, algorithm, cores):
+    """The scatter's kernel carries it: one kernel for both gradients, without a race."""
+    a_machine(cores, SMALL)
+    lanes = algorithms.lanes(algorithm, 3)
+    scatter = Plan("pallas_tpu", algorithm, lanes)
+    gather = Plan("pallas_tpu", algorithm, lanes, fat=True, held=True)
+    text = gradients(mesh_of(3), monkeypatch, scatter, gather)
+    assert text.count("pallas_call") == 2  # and the forward pass, which is not needed
+    assert not interpret_pallas_call.races.races_found
 
 
 def test_bare_collectives(mesh_of):
@@ -248,6 +265,10 @@ def test_a_schedule_is_played_as_the_kernel_runs():
     assert steps[-3:] == [("wait", (0, 1, 1)), ("wait", (1, 1, 1)), ("work", sixth)]
     shared = list(Schedule("scatter", ("t",), lanes, 4, together=2).steps())
     assert shared[8:12] == [("wait", (0, 2, 0)), ("wait", (0, 2, 1)), ("work", half), ("send", one)]
+    carrying = dataclasses.replace(scatter, carried=(Lane(1, 2, 100),))
+    third, carried = [x for x in carrying.steps() if x[1] in ((2, 1, 0), (2, 2, 0))], list(steps)
+    assert [what for what, _ in third] == ["send", "wait", "send", "wait"]
+    assert [x for x in carrying.steps() if x not in third] == carried
     sent = {what for step, what in steps if step == "send"}
     assert sent == {what for step, what in steps if step == "wait"}
 

@@ -20,6 +20,12 @@ and, if it can be run in steps (see `collective_matmul.steps`),
     arrive(op, plan, moved)           a bare gather's journey, to a list of arrays
     assembled(op, plan, arrivals)     what those are together
 
+and, if a scatter's kernel can carry what a gather moves,
+
+    carries(op, lanes)                can it be of this gather, along these lanes?
+    carry(op, plan, lhs, rhs, beside, moved, others)
+                                      scatter's result, and the results of the gather `beside` it
+
 It must agree with `unfused` on everything that it does not refuse. `NAME+checked` is the backend
 NAME, with a column checksum of all that it computes; it runs only where it is named.
 """
@@ -108,6 +114,26 @@ class Stepwise(Backend, Protocol):
 
     def assembled(self, op: Operation, plan: Plan, arrivals: list[jax.Array]) -> jax.Array:
         """What arrived, put together."""
+
+
+@runtime_checkable
+class Carrying(Backend, Protocol):
+    """A backend whose scatter can move a gather's operand besides."""
+
+    def carries(self, op: Operation, lanes: tuple[Lane, ...]) -> bool:
+        """Whether what the gather `op` moves can be carried along these lanes."""
+
+    def carry(
+        self,
+        op: Operation,
+        plan: Plan,
+        lhs: Sequence[jax.Array],
+        rhs: Sequence[jax.Array | None],
+        beside: Operation,
+        moved: jax.Array,
+        others: Sequence[jax.Array | None],
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """`scatter`, and the `gather` beside it."""
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,7 @@ class Schedule:
       lanes: what moves.
       turns: tiles that a round is worked on in.
       together: as many tiles' sums are waited for at once.
+      carried: what a scatter moves besides, as a gather.
     """
 
     kind: str
@@ -52,6 +53,7 @@ class Schedule:
     lanes: tuple[Lane, ...]
     turns: int
     together: int = 1
+    carried: tuple[Lane, ...] = ()
 
     @property
     def rounds(self) -> int:
@@ -63,19 +65,11 @@ class Schedule:
         """In which a hop is sent."""
         return self.turns if self.kind == "scatter" else 1
 
-    def collective(self, lane: Lane, network: Network) -> Collective:
-        """One piece of a lane's hop, as a permute."""
-        sizes = [network.axes[name] for name in self.axes]
-        places = [list(network.axes).index(name) for name in self.axes]
-        here = np.ravel_multi_index(tuple(network.indices[:, places].T), sizes)
-        shift = lane.shift if self.kind == "gather" else -lane.shift
-        there = np.stack(np.unravel_index((here + shift) % np.prod(sizes), sizes), 1)
-        peers = network.indices.copy()
-        peers[:, places] = there
-        targets = np.ravel_multi_index(tuple(peers.T), [*network.axes.values()])
-        pairs = tuple((i, int(target)) for i, target in enumerate(targets))
-        share = lane.bytes // self.pieces
-        return Collective("collective-permute", share, pairs=pairs, asynchronous=True)
+    def collectives(self, network: Network) -> list[Collective]:
+        """A piece of each lane's hop as a permute, and a hop of each that is carried."""
+        ahead = 1 if self.kind == "gather" else -1
+        own = [_permute(self.axes, x, ahead, self.pieces, network) for x in self.lanes]
+        return own + [_permute(self.axes, x, 1, 1, network) for x in self.carried]
 
     def steps(self) -> Iterator[tuple[str, Any]]:
         """What the kernel does, in order: ("send", hop), ("wait", hop) or ("work", its share)."""
@@ -92,6 +86,8 @@ class Schedule:
 
     def _scatter(self, share: float) -> Iterator[tuple[str, Any]]:
         for h in range(self.rounds, -1, -1):
+            yield from self._carry("wait", self.rounds - h)
+            yield from self._carry("send", self.rounds - h + 1)
             for tile in range(self.turns):
                 if tile % self.together == 0:
                     for each in range(tile, min(tile + self.together, self.turns)):
@@ -100,10 +96,30 @@ class Schedule:
                 if h:
                     yield from self._all("send", h, tile)
 
+    def _carry(self, what: str, h: int) -> Iterator[tuple[str, Hop]]:
+        for i, lane in enumerate(self.carried):
+            if 1 <= h <= lane.hops:
+                yield what, (len(self.lanes) + i, h, 0)
+
     def _all(self, what: str, h: int, tile: int = 0) -> Iterator[tuple[str, Hop]]:
         for i, lane in enumerate(self.lanes):
             if h <= lane.hops:
                 yield what, (i, h, tile)
+
+
+def _permute(
+    axes: Sequence[str], lane: Lane, ahead: int, pieces: int, network: Network
+) -> Collective:
+    sizes = [network.axes[name] for name in axes]
+    places = [list(network.axes).index(name) for name in axes]
+    here = np.ravel_multi_index(tuple(network.indices[:, places].T), sizes)
+    there = np.stack(np.unravel_index((here + ahead * lane.shift) % np.prod(sizes), sizes), 1)
+    peers = network.indices.copy()
+    peers[:, places] = there
+    targets = np.ravel_multi_index(tuple(peers.T), [*network.axes.values()])
+    pairs = tuple((i, int(target)) for i, target in enumerate(targets))
+    share = lane.bytes // pieces
+    return Collective("collective-permute", share, pairs=pairs, asynchronous=True)
 
 
 def schedule(instruction: Instruction) -> Schedule | None:
@@ -125,4 +141,5 @@ def schedule(instruction: Instruction) -> Schedule | None:
         tuple(Lane(*lane) for lane in known["lanes"]),
         known["blocks"] * known["tiles"],
         known.get("together", 1),
+        tuple(Lane(*lane) for lane in known.get("carried", ())),
     )

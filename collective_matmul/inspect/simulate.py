@@ -170,7 +170,7 @@ class _Run:
 
     def talk(self, instruction: Instruction, told: Schedule, spent: Cost) -> None:
         """A kernel that sends and receives while it computes."""
-        moved = [told.collective(lane, self.network) for lane in told.lanes]
+        moved = told.collectives(self.network)
         traffic = [self.network.traffic(each) for each in moved]
         flying: dict[Hop, Flight] = {}
         for step, what in told.steps():

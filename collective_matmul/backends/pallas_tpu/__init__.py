@@ -22,15 +22,18 @@ from collective_matmul.backends.pallas_tpu.all_gather import all_gather
 from collective_matmul.backends.pallas_tpu.arranging import Arrangement, arranged
 from collective_matmul.backends.pallas_tpu.forms import Form, flat, sizes, unflat
 from collective_matmul.backends.pallas_tpu.machine import Machine
+from collective_matmul.backends.pallas_tpu.passing import ROOM, Passenger
 from collective_matmul.backends.pallas_tpu.reduce_scatter import reduce_scatter
 from collective_matmul.backends.pallas_tpu.walking import walked
 from collective_matmul.hardware import Chip
-from collective_matmul.lanes import Lane
+from collective_matmul.lanes import Lane, steps
 from collective_matmul.operation import Operation, Plan, Term
 from collective_matmul.product import product, sum_of_products
 
 __all__ = [
     "accumulates",
+    "carries",
+    "carry",
     "decomposes",
     "gather",
     "interpreted",
@@ -99,9 +102,49 @@ def scatter(
     op: Operation, plan: Plan, lhs: Sequence[jax.Array], rhs: Sequence[jax.Array | None]
 ) -> jax.Array:
     """`y = S(sum_i x_i . w_i)`, the sum made in the kernel or, if it has no form, before it."""
-    out = op.terms[0].out
     if not plan.lanes:
-        return sum_of_products(op, lhs, rhs).astype(out.dtype)
+        return sum_of_products(op, lhs, rhs).astype(op.terms[0].out.dtype)
+    return _scattered(op, plan, lhs, rhs, None)[0]
+
+
+def carries(op: Operation, lanes: tuple[Lane, ...]) -> bool:
+    """Whether a scatter's kernel of these lanes can carry what the gather `op` moves: all its
+    products need the whole of it, and there are semaphores for its hops."""
+    contracted = all(op.letter not in term.spec.out for term in op.terms)
+    return contracted and 2 * len(lanes) * steps(lanes) <= ROOM
+
+
+def carry(
+    op: Operation,
+    plan: Plan,
+    lhs: Sequence[jax.Array],
+    rhs: Sequence[jax.Array | None],
+    beside: Operation,
+    moved: jax.Array,
+    others: Sequence[jax.Array | None],
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """`scatter`, and the `gather` beside it, whose operand the same kernel carries."""
+    made = _arranged(beside, plan)
+    letters, letter = beside.terms[0].spec.lhs, beside.letter
+    rest = letters.replace(letter, "")
+    passenger = Passenger(made.ring, flat(moved, letters, letter, rest))
+    y, gathered = _scattered(op, plan, lhs, rhs, passenger)
+    assert gathered is not None
+    size = sizes(beside, beside.terms[0], beside.shard_size * beside.t)
+    whole = unflat(gathered, letter + rest, size, letters)
+    terms = zip(beside.terms, others, strict=True)
+    return y, tuple(_product(beside, term, whole, w) for term, w in terms)
+
+
+def _scattered(
+    op: Operation,
+    plan: Plan,
+    lhs: Sequence[jax.Array],
+    rhs: Sequence[jax.Array | None],
+    carried: Passenger | None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """A scatter's result, and the rows of all devices of what its kernel carried."""
+    out = op.terms[0].out
     made = _arranged(op, plan)
     letters, first = op.terms[0].spec.out, made.forms[0]
     rows, columns = (
@@ -117,7 +160,7 @@ def scatter(
     if first is None:
         left.append(flat(sum_of_products(op, lhs, rhs), letters, rows, columns))
     assert made.tiles is not None
-    y = reduce_scatter(
+    y, gathered = reduce_scatter(
         Machine.current(),
         made.ring,
         made.tiles,
@@ -125,8 +168,10 @@ def scatter(
         right,
         wire=op.travelling.dtype,
         out=out.dtype,
+        carried=carried,
     )
-    return unflat(y, rows + columns, sizes(op, op.terms[0], op.shard_size), letters)
+    y = unflat(y, rows + columns, sizes(op, op.terms[0], op.shard_size), letters)
+    return y, gathered
 
 
 def _arranged(op: Operation, plan: Plan) -> Arrangement:

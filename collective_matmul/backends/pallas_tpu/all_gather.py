@@ -17,7 +17,6 @@ talks to other devices, and tells the others of what arrived; each makes its own
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +28,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from collective_matmul.backends.pallas_tpu.calling import kernel_call, like
 from collective_matmul.backends.pallas_tpu.machine import Machine
+from collective_matmul.backends.pallas_tpu.passing import Passing
 from collective_matmul.backends.pallas_tpu.ring import Peers, Ring, Scalar, barrier
 from collective_matmul.backends.pallas_tpu.weights import Columns, Stream, Turn, Weights
 
@@ -57,10 +57,11 @@ def all_gather(
     cores = machine.cores if right else 1
     lanes, hops = len(ring.lanes), ring.rounds
     results = [like(x, (rows, weights.n), out) for _, weights, out in right]
+    *moving, placed = Passing.scratch(ring)
     scratch: list[Any] = [
-        *[pltpu.SemaphoreType.DMA((lanes, hops))] * 2,  # sent, received
+        *moving,
         pltpu.SemaphoreType.REGULAR((lanes, hops)),  # told to other cores
-        pltpu.SemaphoreType.DMA(()),  # own rows placed
+        placed,
         pltpu.SemaphoreType.DMA((lanes, 2)),  # copied to be multiplied
     ]
     if right:
@@ -140,9 +141,11 @@ class _Kernel:
         n = len(weights)
         ids, self.x, *refs = refs
         w, y, self.gathered = refs[:n], refs[n : 2 * n], refs[2 * n]
-        self.sent, self.received, self.told, self.placed, self.copied, *refs = refs[2 * n + 1 :]
+        sent, received, self.told, placed, self.copied, *refs = refs[2 * n + 1 :]
         self.held: Any = refs.pop(0) if n else None
         self.ring, self.peers = ring, Peers(ids, ring)
+        arrays = (self.x, self.gathered)
+        self.passing = Passing(ring, self.peers, arrays, (sent, received, placed))
         self.core, self.cores = pl.program_id(0), cores
         own = (refs[4 * i : 4 * i + 4] for i in range(n))
         self.terms = [
@@ -157,10 +160,7 @@ class _Kernel:
         @pl.when(self.core == 0)
         def _() -> None:
             barrier([self.peers.behind(i) for i in lanes])
-            for i in lanes:
-                self._hop(i, np.int32(1), first=True).start()
-            if whole:
-                self._own_rows().start()
+            self.passing.begin(whole)
 
         for term in self.terms:
             term.stream.begin(term.turn(np.int32(0), np.int32(0)))
@@ -171,12 +171,7 @@ class _Kernel:
             term.settle(end.last_but_one())
             term.settle(end.previous())
 
-        @pl.when(self.core == 0)
-        def _() -> None:
-            for i in lanes:
-                ring.each_hop(i, functools.partial(self._depart, i))
-            if whole:
-                self._own_rows().wait()
+        pl.when(self.core == 0)(lambda: self.passing.finish(whole))
 
     def _panel(self, p: Scalar, _: None) -> None:
         ring = self.ring
@@ -224,29 +219,12 @@ class _Kernel:
 
         @pl.when(self.core == 0)
         def _() -> None:
-            self._hop(i, h, arriving=True).wait_recv()
-            on = h < self.ring.lanes[i].hops
-            pl.when(on)(lambda: self._hop(i, h + np.int32(1)).start())
+            self.passing.on(i, h)
             for core in range(1, self.cores):
                 pl.semaphore_signal(told, 1, core_index=core)
 
         if self.cores > 1:
             pl.when(self.core != 0)(lambda: pl.semaphore_wait(told, 1))
-
-    def _depart(self, i: int, h: Scalar) -> None:
-        self._hop(i, h).wait_send()
-
-    def _hop(self, i: int, h: Scalar, first: bool = False, arriving: bool = False) -> Any:
-        """Hop h of lane i: from here, or `arriving` from behind."""
-        start, stop = self.ring.bounds[i]
-        behind = h if arriving else h - np.int32(1)
-        row = self.ring.first_row(self.peers.me, i, behind)
-        place = self.gathered.at[self.ring.rows(row, stop - start)]
-        rows = self.x.at[pl.ds(start, stop - start)] if first else place
-        at = (i, lax.min(h - np.int32(1), np.int32(self.ring.rounds - 1)))
-        return pltpu.make_async_remote_copy(
-            rows, place, self.sent.at[at], self.received.at[at], device_id=self.peers.ahead(i)
-        )
 
     def _copy(self, i: int, p: Scalar, own: bool = False) -> Any:
         """The rows of lane i in panel p, on their way to be multiplied."""
@@ -257,8 +235,3 @@ class _Kernel:
         rows = (self.x if own else self.gathered).at[ring.rows(row, ring.heights[i])]
         held = self.held.at[slot, ring.within(i)]
         return pltpu.make_async_copy(rows, held, self.copied.at[i, slot])
-
-    def _own_rows(self) -> Any:
-        row = self.peers.me * np.int32(self.ring.shard)
-        place = self.gathered.at[self.ring.rows(row, self.ring.shard)]
-        return pltpu.make_async_copy(self.x, place, self.placed)

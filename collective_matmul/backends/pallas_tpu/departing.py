@@ -54,9 +54,11 @@ class Departures:
         self._sent, self._received, self._staged, self._made, self._free = semaphores
         self._together = together(ring, self._tiles.count)
 
-    def agree(self) -> None:
-        """Waits until those that will be sent to are in this kernel."""
-        ready = [self._peers.ahead(i) for i in range(len(self._ring.lanes))]
+    def agree(self, both_ways: bool = False) -> None:
+        """Waits until those that will be sent to, behind or `both_ways`, are in this kernel."""
+        lanes = range(len(self._ring.lanes))
+        ready = [self._peers.ahead(i) for i in lanes]
+        ready += [self._peers.behind(i) for i in lanes] if both_ways else []
         pl.when(self._core == 0)(lambda: barrier(ready))
 
     def place(self, turn: Turn, rows: slice, total: jax.Array) -> None:

@@ -7,6 +7,8 @@
 A tile of a sum leaves when it is made, and the next device needs it a round later, when it comes to
 the same tile. By permutes a sum leaves when all of it is made, and is all waited for.
 
+Another operand may be carried to all devices in the same rounds, from HBM to HBM (`passing`).
+
 Arrivals have each a place of their own in HBM, so a barrier at the beginning is all that neighbours
 have to agree on. Where a device has several cores, each makes its own columns, and the first one
 alone talks to other devices (`departing`).
@@ -14,6 +16,7 @@ alone talks to other devices (`departing`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +30,7 @@ from jax.experimental.pallas import tpu as pltpu
 from collective_matmul.backends.pallas_tpu.calling import kernel_call, like
 from collective_matmul.backends.pallas_tpu.departing import Departures
 from collective_matmul.backends.pallas_tpu.machine import Machine
+from collective_matmul.backends.pallas_tpu.passing import Passenger, Passing
 from collective_matmul.backends.pallas_tpu.ring import Peers, Ring, Scalar
 from collective_matmul.backends.pallas_tpu.tiles import Tiles, together
 from collective_matmul.backends.pallas_tpu.weights import Columns, Stream, Turn, Weights
@@ -41,8 +45,9 @@ def reduce_scatter(
     *,
     wire: np.dtype,
     out: np.dtype,
-) -> jax.Array:
-    """This device's shard of the sum.
+    carried: Passenger | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """This device's shard of the sum, and what was carried.
 
     Args:
       machine: that the kernel is for.
@@ -51,9 +56,10 @@ def reduce_scatter(
       left: x_i, [t * shard, k_i] each; or without right operands one [t * shard, n], the addend.
       right: of each product w and how it is read; the tiles of all are the same.
       wire, out: dtypes in which sums travel and are returned.
+      carried: what goes to all devices besides, a round of hops under each round of products.
 
     Returns:
-      y, [shard, n].
+      y, [shard, n]; and the rows of all devices of what was carried.
     """
     lanes, n, cores = len(ring.lanes), tiles.width * tiles.total, machine.cores
     panel, shared = (ring.height, tiles.width), together(ring, tiles.count)
@@ -69,6 +75,9 @@ def reduce_scatter(
     for _, weights in right:
         scratch += weights.scratch
     results = [like(left[0], (ring.shard, n), out)]
+    if carried:
+        results.append(carried.gathered)
+        scratch += Passing.scratch(carried.ring)
     results += [
         like(left[0], (lane.hops * (stop - start), n), wire)
         for lane, (start, stop) in zip(ring.lanes, ring.bounds, strict=True)
@@ -85,19 +94,28 @@ def reduce_scatter(
         + ring.shard * n * out.itemsize,
         remote_bytes_transferred=sent,
     )
-    y, *_ = kernel_call(
-        lambda *refs: _Kernel(ring, tiles, [w for _, w in right], len(left), cores, refs).run(),
+    path = carried.ring if carried else None
+    y, *others = kernel_call(
+        lambda *refs: _Kernel(
+            ring, tiles, [w for _, w in right], len(left), cores, path, refs
+        ).run(),
         machine,
         ring,
         "matmul_reduce_scatter" if right else "reduce_scatter",
-        (*left, *(w for w, _ in right)),
+        (*left, *(w for w, _ in right), *([carried.rows] if carried else [])),
         results,
         scratch,
         cores=cores,
         cost=cost,
-        told=ring.told("scatter", n * wire.itemsize, tiles.count, shared),
+        told=ring.told(
+            "scatter",
+            n * wire.itemsize,
+            tiles.count,
+            shared,
+            carried.moved if carried else None,
+        ),
     )
-    return y
+    return y, others[0] if carried else None
 
 
 class _Kernel:
@@ -110,12 +128,15 @@ class _Kernel:
         weights: Sequence[Weights],
         count: int,
         cores: int,
+        path: Ring | None,
         refs: Sequence[Any],
     ) -> None:
         lanes, n = len(ring.lanes), len(weights)
         ids, *refs = refs
-        self.x, w, self.y = refs[:count], refs[count : count + n], refs[count + n]
-        refs = refs[count + n + 1 :]
+        self.x, w, refs = refs[:count], refs[count : count + n], refs[count + n :]
+        rows, refs = (refs[0], refs[1:]) if path else (None, refs)
+        self.y, *refs = refs
+        gathered, refs = (refs[0], refs[1:]) if path else (None, refs)
         self.landings, refs = refs[:lanes], refs[lanes:]
         staging, refs = (refs[0], refs[1:]) if cores > 1 else (None, refs)
         received, sent, self.brought, written, self.copied, made, free, *refs = refs
@@ -123,7 +144,8 @@ class _Kernel:
         self.written = written
         self.held, own = refs[:count], refs[count:]
         self.ring, self.tiles, self.peers = ring, tiles, Peers(ids, ring)
-        core = pl.program_id(0)
+        core = self.core = pl.program_id(0)
+        self.passing = path and Passing(path, self.peers, (rows, gathered), tuple(own[2 * n :]))
         self.columns = Columns(tiles, core, cores)
         self.departures = Departures(
             ring,
@@ -142,7 +164,10 @@ class _Kernel:
     def run(self) -> None:
         """From the barrier to the last copy."""
         ring = self.ring
-        self.departures.agree()
+        passing = self.passing
+        self.departures.agree(both_ways=passing is not None)
+        if passing:
+            pl.when(self.core == 0)(lambda: passing.begin(whole=True))
         for stream in self.streams:
             stream.begin(self._turn(np.int32(0), np.int32(0)))
         self._copy(np.int32(0), lambda copy: copy.start())
@@ -153,12 +178,18 @@ class _Kernel:
         self._settle(after.last_but_one())
         self._settle(after.previous())
         self.departures.finish(after)
+        if passing:
+            pl.when(self.core == 0)(lambda: passing.finish(whole=True))
 
     def _turn(self, panel: Scalar, tile: Scalar) -> Turn:
         return Turn(panel, tile, self.tiles.count)
 
     def _panel(self, p: Scalar, last: bool) -> None:
         """A panel of the last round, or of one before."""
+        if self.passing:
+            passed, block = self.ring.place(p)
+            first = (block == 0) & (passed > 0) & (self.core == 0)
+            self.ring.each(passed, functools.partial(self.passing.on, h=passed), first)
         self._copy(p, lambda copy: copy.wait())
         following = p + np.int32(1)
         pl.when(following < self.ring.panels)(

@@ -144,7 +144,14 @@ class Ring:
         """What every first row is a multiple of."""
         return functools.reduce(np.gcd, (self.shard, *sum(self.bounds, ()), *self.heights)).item()
 
-    def told(self, kind: str, bytes_a_row: int, tiles: int, together: int = 1) -> dict[str, str]:
+    def told(
+        self,
+        kind: str,
+        bytes_a_row: int,
+        tiles: int,
+        together: int = 1,
+        carried: list[list[int]] | None = None,
+    ) -> dict[str, str]:
         """The metadata that `inspect` reads a kernel's schedule from.
 
         Args:
@@ -152,20 +159,26 @@ class Ring:
           bytes_a_row: that travel.
           tiles: that a panel's product is made in.
           together: of a round's tiles, as many are waited for at once.
+          carried: `moved` of what a scatter carries besides.
         """
-        sizes = (stop - start for start, stop in self.bounds)
-        lanes = [
-            [lane.shift, lane.hops, rows * bytes_a_row]
-            for lane, rows in zip(self.lanes, sizes, strict=True)
-        ]
         schedule = {
             "kind": kind,
             "axes": self.names,
-            "lanes": lanes,
+            "lanes": self.moved(bytes_a_row),
             "blocks": self.blocks,
             "tiles": tiles,
-        } | ({"together": together} if together > 1 else {})
+        }
+        schedule |= {"together": together} if together > 1 else {}
+        schedule |= {"carried": carried} if carried else {}
         return {"collective": json.dumps(schedule)}
+
+    def moved(self, bytes_a_row: int) -> list[list[int]]:
+        """Of each lane, its shift, its hops and a hop's bytes."""
+        sizes = (stop - start for start, stop in self.bounds)
+        return [
+            [lane.shift, lane.hops, rows * bytes_a_row]
+            for lane, rows in zip(self.lanes, sizes, strict=True)
+        ]
 
 
 class Peers:

@@ -111,13 +111,15 @@ class Departures:
         if self._together == 1:
             arrived = self._wait
         else:
-            piece = self._piece(block, turn)
-            left = np.int32(self._ring.blocks * self._tiles.count) - piece
-            members = lax.min(np.int32(self._together), left)
+            piece, pieces = self._piece(block, turn), self._ring.blocks * self._tiles.count
             within &= piece & np.int32(self._together - 1) == 0
 
             def arrived(i: int, turn: Turn) -> None:
-                lax.fori_loop(np.int32(0), members, lambda _, __: self._wait(i, turn), None)
+                def member(k: Scalar, _: None) -> None:
+                    pl.when(piece + k < pieces)(lambda: self._wait(i, turn))
+
+                # So many trips always, for a schedule tells nothing of others.
+                lax.fori_loop(np.int32(0), np.int32(self._together), member, None)
 
         self._ring.each(above, lambda i: arrived(i, turn), within)
 

@@ -39,6 +39,12 @@ class Passenger(NamedTuple):
         return like(self.rows, shape, self.rows.dtype)
 
     @property
+    def sent(self) -> int:
+        """Bytes that leave a device: as many arrive."""
+        ring, (_, k) = self.ring, self.rows.shape
+        return (ring.t - 1) * ring.shard * k * self.rows.dtype.itemsize
+
+    @property
     def moved(self) -> list[list[int]]:
         """Of each lane, its shift, its hops and a hop's bytes."""
         return self.ring.moved(self.rows.shape[1] * self.rows.dtype.itemsize)

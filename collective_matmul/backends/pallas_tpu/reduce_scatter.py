@@ -85,14 +85,16 @@ def reduce_scatter(
     if cores > 1:  # where tiles of all cores wait to be sent together
         results.append(like(left[0], (2, ring.height, cores * tiles.width), wire))
     sent = (ring.t - 1) * ring.shard * n * wire.itemsize
+    passed = carried.sent if carried else 0
     cost = pl.CostEstimate(
         flops=sum(weights.flops(ring.panels * ring.height) for _, weights in right),
         transcendentals=0,
-        bytes_accessed=sum(weights.bytes_read(ring.panels) for _, weights in right)
+        bytes_accessed=2 * passed
+        + sum(weights.bytes_read(ring.panels) for _, weights in right)
         + sum(cores * x.size * x.dtype.itemsize for x in left)
         + (2 if cores == 1 else 4) * sent
         + ring.shard * n * out.itemsize,
-        remote_bytes_transferred=sent,
+        remote_bytes_transferred=sent + passed,
     )
     path = carried.ring if carried else None
     y, *others = kernel_call(

@@ -3,6 +3,11 @@
 import dataclasses
 import json
 import math
+import pathlib
+import subprocess
+import sys
+import textwrap
+import time
 
 import jax
 import jax.numpy as jnp
@@ -198,3 +203,36 @@ def test_the_calibration_error_is_beside_the_number(tmp_path, monkeypatch):
     assert "3 published measurements on v4" in prediction.accuracy(v4)
     assert "7% off in the median, 21% at worst" in prediction.accuracy(v4)
     assert prediction.accuracy(prediction.hardware.chip("v5p")).endswith("(only for v4)")
+
+
+@needs_compiler
+def test_a_predictor_that_is_killed_leaves_no_process_behind():
+    script = textwrap.dedent("""
+        import multiprocessing, time
+        from bench.predicted.ways import Predictor, Way
+        from bench.predicted.operations import Product
+        if __name__ == "__main__":
+            way = Way("v5e:2x2", 4, Product("gather", 64, 128, 128), bare=True)
+            with Predictor({}) as predictor:
+                assert predictor.submit(way, kernel=False).result().seconds > 0
+                print(*(each.pid for each in multiprocessing.active_children()), flush=True)
+                time.sleep(600)
+    """)
+    path = pathlib.Path(__file__).parents[1]
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, cwd=path, stdout=subprocess.PIPE, text=True) as parent:
+        workers = [int(pid) for pid in parent.stdout.readline().split()]
+        parent.kill()
+    assert workers
+    deadline = time.monotonic() + 30
+    while any(map(_runs, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(_runs, workers))
+
+
+def _runs(pid):
+    try:
+        status = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"  # a zombie only waits to be counted

@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import multiprocessing
+import os
+import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
@@ -124,6 +126,7 @@ _known: dict[str, Figures] = {}  # of this process
 
 
 def _begin(known: dict[str, Figures], writes: bool) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _known.update(known)
     compile_only()
     # A kernel's text has the lines of source that it is from: with them any edit would rename it.
@@ -131,6 +134,14 @@ def _begin(known: dict[str, Figures], writes: bool) -> None:
     jax.config.update("jax_traceback_in_locations_limit", 0)
     if writes:
         schedules.ask()
+
+
+def _end_with_parent() -> None:
+    """A process that is killed tells its pool nothing, and this one would wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def predicted(way: Way) -> Figures | None:

@@ -110,12 +110,12 @@ def ranked(op: Operation, chip: hardware.Chip, *, stepwise: bool = False) -> tup
     found = [estimate(op, plan, chip) for plan in plans]
     later = _later(op, found, chip)
     options = sorted(found, key=lambda x: _preference(x, later[x]))
-    whole = [x for x in options if not _backend(x.plan).decomposes]
-    lanes = [x for x in options if x not in whole]
-    best = _fewest_hops(op, lanes) if lanes else whole[0]
-    if whole and best.steps:
-        most = (1 - least_gain(chip, best.plan)) * whole[0].total + later[whole[0]]
-        best = best if best.total + later[best] <= most else whole[0]
+    undivided = [x for x in options if not _backend(x.plan).decomposes]
+    lanes = [x for x in options if x not in undivided]
+    best = _fewest_hops(op, lanes) if lanes else undivided[0]
+    if undivided and best.steps:
+        most = (1 - least_gain(chip, best.plan)) * undivided[0].total + later[undivided[0]]
+        best = best if best.total + later[best] <= most else undivided[0]
     others = (x for x in options if x is not best)
     return (best, *sorted(others, key=lambda x: x.total))
 

@@ -120,44 +120,39 @@ def test_small_machines_cut_products():
         assert small.ring.blocks * small.tiles.count > large.ring.blocks * large.tiles.count, kind
 
 
+def check_gradients(mesh, form, **options):
+    """Against numpy, bit for bit; returns the jaxpr."""
+    function, inside, outside = FORMS[form]
+    t = mesh.shape["t"]
+    x, w = operands(t)
+    dy = np.random.default_rng(1).integers(-4, 5, size=(1, 16 * t, 16 * t)).astype(np.float32)
+    run = functools.partial(function, **options)
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=inside, out_specs=outside)
+    back = jax.jit(lambda x, w: jax.vjp(mapped, x, w)[1](dy))
+    dx, dw = back(x, w)
+    np.testing.assert_array_equal(dx, dy @ w.transpose(0, 2, 1))
+    np.testing.assert_array_equal(dw, x.transpose(0, 2, 1) @ dy)
+    return str(jax.make_jaxpr(back)(x, w))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients(mesh_of, form):
     """Both are kernels again; what contracts the moved letter follows its kernel."""
-    function, inside, outside = FORMS[form]
-    mesh = mesh_of(1, 2, names=("d", "t"))
-    x, w = operands(2)
-    rng = np.random.default_rng(1)
-    dy = rng.integers(-4, 5, size=(1, 32, 32)).astype(np.float32)
-    run = functools.partial(function, algorithm="two_way")
-    mapped = jax.shard_map(run, mesh=mesh, in_specs=inside, out_specs=outside)
-    _, back = jax.vjp(jax.jit(mapped), x, w)
-    dx, dw = back(dy)
-    np.testing.assert_array_equal(dx, dy @ w.transpose(0, 2, 1))
-    np.testing.assert_array_equal(dw, x.transpose(0, 2, 1) @ dy)
+    check_gradients(mesh_of(1, 2, names=("d", "t")), form, algorithm="two_way")
 
 
-def gradients(mesh, monkeypatch, scatter_plan, gather_plan):
-    """Of a gather, by these plans, against numpy; and the gradient's jaxpr."""
-    t = mesh.shape["t"]
-    plans = {"gather": gather_plan, "scatter": scatter_plan}
+def by_plans(mesh, monkeypatch, scatter, gather):
+    """The gradients of a gather, by these plans."""
+    plans = {"gather": gather, "scatter": scatter}
     monkeypatch.setattr(duality, "choose", lambda op: plans[op.kind])
-    x, w = (each[0] for each in operands(t))
-    dy = np.random.default_rng(3).integers(-4, 5, size=(16 * t, 16 * t)).astype(np.float32)
-    run = functools.partial(cm.all_gather_matmul, axis_name="t")
-    specs = (P("t"), P(None, "t"))
-    mapped = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=specs[1])
-    back = jax.jit(lambda x, w: jax.vjp(mapped, x, w)[1](dy))
-    dx, dw = back(x, w)
-    np.testing.assert_array_equal(dx, dy @ w.T)
-    np.testing.assert_array_equal(dw, x.T @ dy)
-    return str(jax.make_jaxpr(back)(x, w))
+    return check_gradients(mesh, "gather")
 
 
 def test_a_gradient_s_gather_beside_a_kernel(mesh_of, monkeypatch):
     """Independent permutes under the kernel of the scatter."""
     scatter = Plan("pallas_tpu", "two_way", algorithms.lanes("two_way", 2))
     gather = Plan("xla", "direct", algorithms.lanes("direct", 2), fat=True, held=True)
-    text = gradients(mesh_of(2), monkeypatch, scatter, gather)
+    text = by_plans(mesh_of(1, 2, names=("d", "t")), monkeypatch, scatter, gather)
     assert text.count("pallas_call") == 1
     assert text.rindex("optimization_barrier") > text.rindex("pallas_call")
 
@@ -169,7 +164,7 @@ def test_a_gradient_s_gather_within_a_kernel(a_machine, mesh_of, monkeypatch, al
     lanes = algorithms.lanes(algorithm, 3)
     scatter = Plan("pallas_tpu", algorithm, lanes)
     gather = Plan("pallas_tpu", algorithm, lanes, fat=True, held=True)
-    text = gradients(mesh_of(3), monkeypatch, scatter, gather)
+    text = by_plans(mesh_of(1, 3, names=("d", "t")), monkeypatch, scatter, gather)
     assert text.count("pallas_call") == 2  # and the forward pass, which is not needed
     assert not interpret_pallas_call.races.races_found
 
@@ -307,7 +302,7 @@ def test_it_compiles_for_real_chips(where, mode):
 )
 def test_scatters_fit_on_the_chip(where, tensor, sizes):
     """Tiles as large as the arrays alone allow need 16.7 of v4's 16 MiB, and 66.8 of v5p's 64, for
-    rows are spilled. The third has 768 pieces a round, and 384 semaphores for the two lanes' 4."""
+    rows are spilled. The third's sums come in 1,536 tiles, which share 384 semaphores."""
     from bench.predicted.operations import Product
     from bench.predicted.slices import compile_only, tpu_slice
 

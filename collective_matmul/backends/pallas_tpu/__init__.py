@@ -73,12 +73,10 @@ def gather(
 ) -> tuple[jax.Array, ...]:
     """`y_i = G(x) . w_i`, in the kernel or, of what has no form, after it."""
     if not plan.lanes:
-        return tuple(_product(op, x, moved, w) for x, w in zip(op.terms, others, strict=True))
+        return _products(op, moved, others)
     made = _arranged(op, plan)
     letters, first = op.terms[0].spec.lhs, next((form for form in made.forms if form), None)
-    rows, rest = (
-        (first.rows, first.summed) if first else (op.letter, letters.replace(op.letter, ""))
-    )
+    rows, rest = (first.rows, first.summed) if first else _split(op, letters)
     inside = [(x, form, w) for x, form, w in zip(op.terms, made.forms, others, strict=True) if form]
     right = [
         (_other(form.columns, form, x, w), weights, x.out.dtype)
@@ -125,15 +123,14 @@ def carry(
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """`scatter`, and the `gather` beside it, whose operand the same kernel carries."""
     made = _arranged(beside, plan)
-    letters, letter = beside.terms[0].spec.lhs, beside.letter
-    rest = letters.replace(letter, "")
-    passenger = Passenger(made.ring, flat(moved, letters, letter, rest))
+    letters = beside.terms[0].spec.lhs
+    rows, rest = _split(beside, letters)
+    passenger = Passenger(made.ring, flat(moved, letters, rows, rest))
     y, gathered = _scattered(op, plan, lhs, rhs, passenger)
     assert gathered is not None
     size = sizes(beside, beside.terms[0], beside.shard_size * beside.t)
-    whole = unflat(gathered, letter + rest, size, letters)
-    terms = zip(beside.terms, others, strict=True)
-    return y, tuple(_product(beside, term, whole, w) for term, w in terms)
+    whole = unflat(gathered, rows + rest, size, letters)
+    return y, _products(beside, whole, others)
 
 
 def _scattered(
@@ -147,9 +144,7 @@ def _scattered(
     out = op.terms[0].out
     made = _arranged(op, plan)
     letters, first = op.terms[0].spec.out, made.forms[0]
-    rows, columns = (
-        (first.rows, first.columns) if first else (op.letter, letters.replace(op.letter, ""))
-    )
+    rows, columns = (first.rows, first.columns) if first else _split(op, letters)
     left, right = [], []
     for x, form, weights, a, b in zip(op.terms, made.forms, made.weights, lhs, rhs, strict=False):
         assert form is not None and b is not None
@@ -174,10 +169,22 @@ def _scattered(
     return y, gathered
 
 
+def _split(op: Operation, letters: str) -> tuple[str, str]:
+    """The rows and the columns of what has no form: the moved letter, and all others."""
+    return op.letter, letters.replace(op.letter, "")
+
+
 def _arranged(op: Operation, plan: Plan) -> Arrangement:
     made = arranged(op, plan.lanes, Machine.current())
     assert isinstance(made, Arrangement), made  # `unsupported` has said why not
     return made
+
+
+def _products(
+    op: Operation, whole: jax.Array, others: Sequence[jax.Array | None]
+) -> tuple[jax.Array, ...]:
+    """Of a gathered operand."""
+    return tuple(_product(op, x, whole, w) for x, w in zip(op.terms, others, strict=True))
 
 
 def _product(op: Operation, term: Term, x: jax.Array, w: jax.Array | None) -> jax.Array:

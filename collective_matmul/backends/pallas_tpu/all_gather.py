@@ -76,7 +76,7 @@ def all_gather(
         bytes_accessed=sum(weights.bytes_read(ring.panels) for _, weights, _ in right)
         + sum(y.size * y.dtype.itemsize for y in results)
         + (cores + 1) * rows * k * size,
-        remote_bytes_transferred=(ring.t - 1) * ring.shard * k * size,
+        remote_bytes_transferred=ring.sent(k * size),
     )
     turns = max((weights.tiles.count for _, weights, _ in right), default=1)
     *ys, gathered = kernel_call(

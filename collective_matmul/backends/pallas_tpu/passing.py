@@ -40,14 +40,17 @@ class Passenger(NamedTuple):
 
     @property
     def sent(self) -> int:
-        """Bytes that leave a device: as many arrive."""
-        ring, (_, k) = self.ring, self.rows.shape
-        return (ring.t - 1) * ring.shard * k * self.rows.dtype.itemsize
+        """Bytes that leave a device, and as many arrive."""
+        return self.ring.sent(self._bytes_a_row)
 
     @property
     def moved(self) -> list[list[int]]:
         """Of each lane, its shift, its hops and a hop's bytes."""
-        return self.ring.moved(self.rows.shape[1] * self.rows.dtype.itemsize)
+        return self.ring.moved(self._bytes_a_row)
+
+    @property
+    def _bytes_a_row(self) -> int:
+        return int(self.rows.shape[1] * self.rows.dtype.itemsize)
 
 
 class Passing:

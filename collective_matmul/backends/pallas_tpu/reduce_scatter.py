@@ -84,7 +84,7 @@ def reduce_scatter(
     ]
     if cores > 1:  # where tiles of all cores wait to be sent together
         results.append(like(left[0], (2, ring.height, cores * tiles.width), wire))
-    sent = (ring.t - 1) * ring.shard * n * wire.itemsize
+    sent = ring.sent(n * wire.itemsize)
     passed = carried.sent if carried else 0
     cost = pl.CostEstimate(
         flops=sum(weights.flops(ring.panels * ring.height) for _, weights in right),

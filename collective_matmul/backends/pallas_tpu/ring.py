@@ -172,6 +172,10 @@ class Ring:
         schedule |= {"carried": carried} if carried else {}
         return {"collective": json.dumps(schedule)}
 
+    def sent(self, bytes_a_row: int) -> int:
+        """Bytes that leave a device, and as many arrive."""
+        return (self.t - 1) * self.shard * bytes_a_row
+
     def moved(self, bytes_a_row: int) -> list[list[int]]:
         """Of each lane, its shift, its hops and a hop's bytes."""
         sizes = (stop - start for start, stop in self.bounds)

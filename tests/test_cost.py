@@ -271,12 +271,12 @@ def test_two_chips_of_two_devices_have_one_way_between_them():
 # {point: the algorithms of the scatter and of the gather of the gradient of a gather of ViT-22B's,
 # or of the one gather of a scatter's; None is the plain collective}, each as the TPU compiler
 # confirms it to be within 2 % of the best of all ways (`python -m bench grid`). All but v4's first
-# and the plain ones are kernels; over 4 and 8 devices of v5p one carries what is gathered.
+# and the plain ones are kernels; of v5e and v5p one carries what is gathered.
 GRADIENTS = {
     ("v4", "gather", 4, 16384): ("two_way", "two_way"),
     ("v4", "scatter", 4, 16384): ("bidirectional",),
     ("v4", "scatter", 16, 2048): ("two_way",),
-    ("v5e", "gather", 4, 16384): ("bidirectional", None),
+    ("v5e", "gather", 4, 16384): ("bidirectional", "bidirectional"),
     ("v5p", "gather", 4, 16384): ("bidirectional", "bidirectional"),
     ("v5p", "gather", 8, 16384): ("bidirectional", "bidirectional"),
     ("v6e", "scatter", 4, 16384): ("bidirectional",),

@@ -46,9 +46,9 @@ __all__ = [
 decomposes = True
 accumulates = False
 margin = 0.03
-"""As far as the model of a kernel (`walking`) is from the schedule that the compiler makes of it, at
-nine of ten forward points of `python -m bench grid`. Asked for 10 % instead, because no chip has
-run these kernels yet, the choice was behind a kernel by name at 43 points, by up to 24 %."""
+"""The model of a kernel (`walking`) is as near to the compiler's schedule of it at nine of ten
+forward points of `python -m bench grid`. Asked for 10 % instead, because no chip has run these
+kernels yet, the choice was behind a kernel by name at 43 points, by up to 24 %."""
 
 
 def unsupported(op: Operation, lanes: tuple[Lane, ...], chip: Chip) -> str | None:

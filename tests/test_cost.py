@@ -279,6 +279,7 @@ GRADIENTS = {
     ("v5e", "gather", 4, 16384): ("bidirectional", "bidirectional"),
     ("v5p", "gather", 4, 16384): ("bidirectional", "bidirectional"),
     ("v5p", "gather", 8, 16384): ("bidirectional", "bidirectional"),
+    ("v6e", "gather", 4, 2048): ("bidirectional", "direct"),
     ("v6e", "scatter", 4, 16384): ("bidirectional",),
     ("7x", "gather", 4, 2048): (None, None),
     ("7x", "gather", 4, 16384): (None, None),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -17,8 +18,8 @@ from bench.predicted.baselines import XLA_COLLECTIVE_MATMUL
 from bench.predicted.operations import Product
 from bench.predicted.slices import chip_of, tpu_slice
 from bench.predicted.ways import Figures, Predictor, Way
-from collective_matmul import algorithms
-from collective_matmul.lanes import Lane
+from collective_matmul import algorithms, walk
+from collective_matmul.lanes import Lane, rounds
 from models.files import atomically
 
 BOUNDS = {"gather": 1.03, "scatter": 1.06}  # of the bare product's cycles, that a schedule may take
@@ -65,9 +66,8 @@ Grid = dict[Point, dict[str, Figures]]  # of every point, the figures of its way
 def begun(predictor: Predictor, point: Point) -> Iterator[tuple[str, Future[Figures | None]]]:
     """The ways of a point, begun; of algorithms that walk the same lanes here, the first."""
     t = point.devices
-    k, n = (WIDTH, INTO // t) if point.mode == "gather" else (OUT_OF // t, WIDTH)
-    product = Product(point.mode, point.tokens, k, n, "bfloat16", point.grad)
-    topology = next(where for count, where in SLICES[point.chip].items() if count >= t)
+    product = _product(point)
+    topology = _topology(point)
     way = Way(topology, t, product)
 
     def submit(kernel: bool = False, **changes: Any) -> Future[Figures | None]:
@@ -82,6 +82,16 @@ def begun(predictor: Predictor, point: Point) -> Iterator[tuple[str, Future[Figu
         yield f"{name}{KERNEL}", submit(True, algorithm=name, backend="pallas_tpu")
     told = product.explained(t, chip_of(tpu_slice(topology)))
     yield CHOSEN, submit(told.chosen.plan.backend == "pallas_tpu")  # often one of the others
+
+
+def _product(point: Point) -> Product:
+    t = point.devices
+    k, n = (WIDTH, INTO // t) if point.mode == "gather" else (OUT_OF // t, WIDTH)
+    return Product(point.mode, point.tokens, k, n, "bfloat16", point.grad)
+
+
+def _topology(point: Point) -> str:
+    return next(x for count, x in SLICES[point.chip].items() if count >= point.devices)
 
 
 def _distinct(names: Sequence[str], devices: int) -> Iterator[str]:
@@ -117,14 +127,14 @@ def save(grid: Grid, path: pathlib.Path) -> None:
 
 def rows(grid: Grid) -> list[dict[str, Any]]:
     """A row for every point, in their order."""
-    return [point._asdict() | _told(grid[point]) for point in sorted(grid, key=_place)]
+    return [point._asdict() | _told(point, grid[point]) for point in sorted(grid, key=_place)]
 
 
 def _place(point: Point) -> tuple[Any, ...]:
     return (list(SLICES).index(point.chip), *point[1:])
 
 
-def _told(ways: Mapping[str, Figures]) -> dict[str, Any]:
+def _told(point: Point, ways: Mapping[str, Figures]) -> dict[str, Any]:
     """What a point is asked for."""
     found = {name: x for name, x in ways.items() if x.seconds}
     if BARE not in found or CHOSEN not in found:
@@ -140,12 +150,33 @@ def _told(ways: Mapping[str, Figures]) -> dict[str, Any]:
         "None us": 1e6 * took,
         "None is": next(like, "another"),
         "compute of bare": (chosen.compute or 0.0) / own,
+        "wire of products": _wire(point) / _beside(point, own),
         "exposed us": 1e6 * (chosen.exposed or 0.0),
         "best": best,
         "of the best": took / seconds[best],
         "of a kernel": took / min(kernels.values()) if kernels else None,
         "of the plain's memory": _share(chosen.temporary, plain.temporary if plain else None),
     }
+
+
+@functools.cache
+def _wire(point: Point) -> float:
+    """Seconds of all hops once around, both ways at once: what links need at the least."""
+    t = point.devices
+    chip = chip_of(tpu_slice(_topology(point)))
+    op = _product(point).explained(t, chip).op
+    lanes = algorithms.lanes("bidirectional" if t > 2 else "direct", t)
+    return sum(walk.hop_time(op, lanes, hop, chip) for hop, _ in rounds(lanes))
+
+
+def _beside(point: Point, bare: float) -> float:
+    """Seconds of the products that may lie beside the hops, of each pass all but one chunk's.
+
+    The gradient of a gather has two journeys beside one product, of an operand and of the sums.
+    """
+    t = point.devices
+    journeys = 2 if point.grad and point.mode == "gather" else 1
+    return bare / (3 if point.grad else 1) * (t - 1) / t / journeys
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -157,6 +188,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         points = [x for x in told if (x["chip"], x["mode"], x["grad"]) == (chip, mode, grad)]
         compute = sorted(x["compute of bare"] for x in points)
         bound = BOUND_OF_GRADIENTS if grad else BOUNDS[mode]
+        fit = [x for x in points if x["wire of products"] <= 1]
         behind = max(points, key=lambda x: x["of the best"])
         found.append(
             {
@@ -167,7 +199,8 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "compute of bare, median": compute[len(compute) // 2],
                 "worst": compute[-1],
                 "within the bound": sum(x <= bound for x in compute),
-                "points that wait": sum(x["exposed us"] > 0.01 * x["None us"] for x in points),
+                "hops fit": len(fit),
+                "and are hidden": sum(x["exposed us"] <= 0.01 * x["None us"] for x in fit),
                 "None within 2 %": sum(x["of the best"] <= 1.02 for x in points),
                 "None of the best, worst": behind["of the best"],
                 "there": "{devices} devices, {tokens} tokens: {best}".format_map(behind),

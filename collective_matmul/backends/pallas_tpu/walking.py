@@ -34,7 +34,11 @@ def walked(op: Operation, plan: Plan, chip: Chip) -> tuple[float, float]:
         end = _scattered(round_, turns, hops, chip.permute_latency)
     compute = first + ring.rounds * round_
     outside = [x for x, form in zip(op.terms, made.forms, strict=True) if form is None]
-    apart = sum(walk.product_time(op, x, op.shard_size * op.t, chip) for x in outside if x.rhs)
+    apart = sum(
+        walk.product_time(op, x, op.shard_size * op.t, chip, in_hbm=op.kind == "gather")
+        for x in outside
+        if x.rhs
+    )
     return compute + apart, chip.permute_latency + max(0.0, end - compute)
 
 

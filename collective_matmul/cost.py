@@ -213,13 +213,13 @@ def _left(op: Operation, plan: Plan, scatter: Estimate, chip: hardware.Chip) -> 
 
 
 def _run_beside(op: Operation, scatter: Plan, chip: hardware.Chip) -> bool:
-    """Whether a plain gather runs beside the products of the scatter beside it.
+    """Whether a plain gather runs beside the product of the scatter beside it.
 
-    Under a kernel it does not: all of its 1,683 us are exposed (16,384 x 6,144 x 10,752 over 4
-    devices of v5e).
+    Only where that is plain too. Under a kernel all of it is exposed (v5e, 16,384 x 6,144 x 10,752
+    over 4 devices: 1,683 us), and under permutes' products most (2,048 x 6,144 x 5,376 over 8: 196
+    of 252 us).
     """
-    by_kernel = scatter.lanes and not isinstance(_backend(scatter), backends.Stepwise)
-    return plain.asynchronous(op, chip) and not by_kernel
+    return plain.asynchronous(op, chip) and not scatter.lanes
 
 
 def _later(op: Operation, options: list[Estimate], chip: hardware.Chip) -> dict[Estimate, float]:

@@ -277,6 +277,7 @@ GRADIENTS = {
     ("v4", "scatter", 4, 16384): ("bidirectional",),
     ("v4", "scatter", 16, 2048): ("two_way",),
     ("v5e", "gather", 4, 16384): ("bidirectional", "bidirectional"),
+    ("v5e", "gather", 8, 2048): ("bidirectional", "bidirectional"),
     ("v5p", "gather", 4, 16384): ("bidirectional", "bidirectional"),
     ("v5p", "gather", 8, 16384): ("bidirectional", "bidirectional"),
     ("v6e", "gather", 4, 2048): ("bidirectional", "direct"),

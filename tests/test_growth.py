@@ -7,6 +7,7 @@ import pytest
 from bench.__main__ import main
 from bench.commands import growth
 from bench.predicted import grid
+from bench.predicted.ways import Figures
 from bench.record import load
 
 from .helpers import needs_compiler
@@ -72,6 +73,21 @@ def test_a_grid_of_one_point(tmp_path, monkeypatch, capsys):
     assert kinds == [(mode, grad) for mode in ("gather", "scatter") for grad in (False, True)]
     for row in points["rows"]:
         assert row["grad"] == (row["None us"] < 1e6), "what is known is not predicted again"
+
+
+@needs_compiler
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("mode", ["gather", "scatter"])
+def test_whether_hops_fit_under_their_products(mode, grad):
+    """Half a shard each way and a permute's latency, beside all but one chunk's product; in the
+    gradient of a gather, twice."""
+    ways = {x: Figures(x, 900e-6, 900e-6, 0.0, 0) for x in ("bare product", "None", "unfused")}
+    (row,) = grid.rows({grid.Point("v5p", 8, mode, grad, 2048): ways})
+    hop = 2048 // 8 * 6144 * 2 / 2 / 90e9 + 4.55e-6
+    beside = 900e-6 / 8 / (3 if grad else 1) / (2 if grad and mode == "gather" else 1)
+    assert row["wire of products"] == pytest.approx(hop / beside, rel=1e-3)
+    (told,) = grid.summary([row])
+    assert told["hops fit"] == told["and are hidden"] == (hop < beside)
 
 
 def _lines(path):

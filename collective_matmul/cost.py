@@ -202,24 +202,17 @@ def _spare(op: Operation, plan: Plan, chip: hardware.Chip) -> float:
 
 def _left(op: Operation, plan: Plan, scatter: Estimate, chip: hardware.Chip) -> float:
     """Seconds of a gradient's gather by `plan` that pass under the scatter beside it, under what
-    that leaves of its products."""
-    if plan.lanes:
-        hidden = _pass_under(op, plan, scatter.plan)
-    else:
-        hidden = _run_beside(op, scatter.plan, chip)
-    if not hidden:
-        return 0.0
-    return max(0.0, scatter.compute - scatter.wire) if scatter.plan.lanes else scatter.compute
+    that leaves of its products.
 
-
-def _run_beside(op: Operation, scatter: Plan, chip: hardware.Chip) -> bool:
-    """Whether a plain gather runs beside the product of the scatter beside it.
-
-    Only where that is plain too. Under a kernel all of it is exposed (v5e, 16,384 x 6,144 x 10,752
-    over 4 devices: 1,683 us), and under permutes' products most (2,048 x 6,144 x 5,376 over 8: 196
-    of 252 us).
+    A plain gather does so only where the scatter is plain too. Under a kernel all of it is exposed
+    (v5e, 16,384 x 6,144 x 10,752 over 4 devices: 1,683 us), and under permutes' products most
+    (2,048 x 6,144 x 5,376 over 8: 196 of 252 us).
     """
-    return plain.asynchronous(op, chip) and not scatter.lanes
+    if not plan.lanes:
+        beside = plain.asynchronous(op, chip) and not scatter.plan.lanes
+        return scatter.compute if beside else 0.0
+    under = _pass_under(op, plan, scatter.plan)
+    return max(0.0, scatter.compute - scatter.wire) if under else 0.0
 
 
 def _later(op: Operation, options: list[Estimate], chip: hardware.Chip) -> dict[Estimate, float]:

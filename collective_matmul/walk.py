@@ -40,8 +40,8 @@ OF_PEAK = {
 """What share of the chip's peak the compiler's products reach by its own cycles, as far as FLOPs
 bound them: with an operand that stays on the chip, and with windows of both read again and again.
 16,384 x 6,144 x 5,376 takes 1,328 us on v6e and twice the columns 3,445, of 1,179 and 2,358 at the
-peak (`python -m bench grid`). The second bounds such a product's time
-from below, whatever its bytes.
+peak (`python -m bench grid`). The second bounds such a product's time from below, whatever its
+bytes.
 """
 MATRIX_UNIT = 128  # rows and columns that a product's sizes are padded to, on TPU and Hopper alike
 IN_STEP = 0.5  # of the wire that a scatter exposes whose lanes move in step, for several rounds

@@ -270,8 +270,9 @@ def test_two_chips_of_two_devices_have_one_way_between_them():
 
 # {point: the algorithms of the scatter and of the gather of the gradient of a gather of ViT-22B's,
 # or of the one gather of a scatter's; None is the plain collective}, each as the TPU compiler
-# confirms it to be within 2 % of the best of all ways (`python -m bench grid`). All but v4's first
-# and the plain ones are kernels; of v5e and v5p one carries what is gathered.
+# confirms it to be within 2 % of the best of all ways (`python -m bench grid`). Permutes are
+# those of v4's gather, and `direct` under a kernel; all other lanes are kernels', and of v5e and
+# v5p the scatter's carries what is gathered.
 GRADIENTS = {
     ("v4", "gather", 4, 16384): ("two_way", "two_way"),
     ("v4", "scatter", 4, 16384): ("bidirectional",),

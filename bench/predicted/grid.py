@@ -18,8 +18,8 @@ from bench.predicted.baselines import XLA_COLLECTIVE_MATMUL
 from bench.predicted.operations import Product
 from bench.predicted.slices import chip_of, tpu_slice
 from bench.predicted.ways import Figures, Predictor, Way
-from collective_matmul import algorithms, walk
-from collective_matmul.lanes import Lane, rounds
+from collective_matmul import algorithms
+from collective_matmul.lanes import Lane
 from models.files import atomically
 
 BOUNDS = {"gather": 1.03, "scatter": 1.06}  # of the bare product's cycles, that a schedule may take
@@ -162,11 +162,10 @@ def _told(point: Point, ways: Mapping[str, Figures]) -> dict[str, Any]:
 @functools.cache
 def _wire(point: Point) -> float:
     """Seconds of all hops once around, both ways at once: what links need at the least."""
-    t = point.devices
-    chip = chip_of(tpu_slice(_topology(point)))
-    op = _product(point).explained(t, chip).op
-    lanes = algorithms.lanes("bidirectional" if t > 2 else "direct", t)
-    return sum(walk.hop_time(op, lanes, hop, chip) for hop, _ in rounds(lanes))
+    told = _product(point).explained(point.devices, chip_of(tpu_slice(_topology(point))))
+    name = "bidirectional" if point.devices > 2 else "direct"
+    options = (told.chosen, *told.alternatives)
+    return next(x.wire for x in options if x.plan.algorithm == name)
 
 
 def _beside(point: Point, bare: float) -> float:
